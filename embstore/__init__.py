@@ -1,0 +1,1 @@
+"""An embedding store on PostgreSQL and pgvector."""

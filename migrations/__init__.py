@@ -1,0 +1,1 @@
+"""Alembic migrations; `embstore db upgrade` runs them."""

@@ -1,0 +1,208 @@
+"""Datasets, models and runs: what is there, by name."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+from sqlalchemy import Connection, text
+
+from embstore import vectors
+from embstore.errors import ModelError, UsageError
+from embstore.models.base import Recipe
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A named set of items under one root."""
+
+    dataset_id: int
+    name: str
+    media: str
+    root: str
+
+
+@dataclass(frozen=True)
+class ItemRow:
+    """One claimed item, as the decoder needs it: path relative to the root, stretch in seconds or None."""
+
+    item_id: int
+    path: str
+    start: float | None
+    duration: float | None
+
+
+@dataclass(frozen=True)
+class OpenWork:
+    """A dataset and a model between which something is left to do."""
+
+    dataset: Dataset
+    model: str
+
+
+def get_dataset(connection: Connection, name: str) -> Dataset:
+    """Find a dataset by name. Raises UsageError that lists the names there are."""
+    row = connection.execute(
+        text("SELECT dataset_id, name, media, root FROM embstore.dataset WHERE name = :name"), {"name": name}
+    ).one_or_none()
+    if row is None:
+        names = connection.execute(text("SELECT name FROM embstore.dataset ORDER BY name")).scalars().all()
+        raise UsageError(f"no dataset '{name}': {_known(name, names)}")
+    return Dataset(*row)
+
+
+def ensure_dataset(connection: Connection, name: str, media: str, root: str) -> Dataset:
+    """Find or make a dataset, and lock it until the transaction ends: two runs must not register into it at once.
+
+    Raises UsageError if the name stands for another root.
+    """
+    values = {"name": name, "media": media, "root": root}
+    connection.execute(
+        text(
+            "INSERT INTO embstore.dataset (name, media, root) VALUES (:name, :media, :root)"
+            " ON CONFLICT (name) DO NOTHING"
+        ),
+        values,
+    )
+    row = connection.execute(
+        text("SELECT dataset_id, name, media, root FROM embstore.dataset WHERE name = :name FOR UPDATE"), values
+    ).one()
+    dataset = Dataset(*row)
+    if dataset.root != root:
+        raise UsageError(
+            f"dataset '{name}' holds the files of '{dataset.root}', not of '{root}': give --dataset another name"
+        )
+    if dataset.media != media:
+        raise UsageError(f"dataset '{name}' holds {dataset.media} items, not {media}: give --dataset another name")
+    return dataset
+
+
+def ensure_model(connection: Connection, recipe: Recipe) -> int:
+    """Find or make a model by name; returns its model_id.
+
+    Raises ModelError if the name stands for other weights or settings: their vectors must never be mixed.
+    """
+    fingerprint = recipe.fingerprint()
+    values = {
+        "name": recipe.name,
+        "media": recipe.media,
+        "dim": recipe.dim,
+        "fingerprint": fingerprint,
+        "settings": json.dumps(dict(recipe.settings)),
+    }
+    model_id = connection.execute(
+        text(
+            "INSERT INTO embstore.model (name, media, dim, fingerprint, settings)"
+            " VALUES (:name, :media, :dim, :fingerprint, CAST(:settings AS jsonb))"
+            " ON CONFLICT (name) DO NOTHING RETURNING model_id"
+        ),
+        values,
+    ).scalar()
+    if model_id is not None:
+        vectors.create_partition(connection, model_id, recipe.name, recipe.dim)
+        return int(model_id)
+    row = connection.execute(text("SELECT model_id, fingerprint FROM embstore.model WHERE name = :name"), values).one()
+    if row.fingerprint != fingerprint:
+        raise ModelError(
+            f"model '{recipe.name}' here has other weights or settings than the one of that name in the database "
+            f"(fingerprint {fingerprint[:12]}, stored {row.fingerprint[:12]}): their vectors cannot be compared; "
+            "use the weights that made the stored ones, or another model name"
+        )
+    return int(row.model_id)
+
+
+def items(connection: Connection, dataset_id: int, item_ids: Sequence[int]) -> list[ItemRow]:
+    """Paths and stretches of items, in the order of their ids."""
+    rows = connection.execute(
+        text(
+            "SELECT item_id, path, start, duration FROM embstore.item"
+            " WHERE dataset_id = :dataset_id AND item_id = ANY (:item_ids) ORDER BY item_id"
+        ),
+        {"dataset_id": dataset_id, "item_ids": list(item_ids)},
+    )
+    return [ItemRow(*row) for row in rows]
+
+
+def counts(connection: Connection, dataset_id: int, model_id: int) -> dict[str, int]:
+    """Number of extractions by status."""
+    rows = connection.execute(
+        text(
+            "SELECT status, count(*) FROM embstore.extraction"
+            " WHERE dataset_id = :dataset_id AND model_id = :model_id GROUP BY status"
+        ),
+        {"dataset_id": dataset_id, "model_id": model_id},
+    )
+    return {status: int(number) for status, number in rows}
+
+
+def remaining(connection: Connection, scopes: Sequence[Mapping[str, int]]) -> int:
+    """How many extractions are still pending or running, by the partial indexes: cheap at any size of the table."""
+    sql = text(
+        "SELECT count(*) FILTER (WHERE status = 'pending') + count(*) FILTER (WHERE status = 'running')"
+        " FROM embstore.extraction WHERE dataset_id = :dataset_id AND model_id = :model_id"
+        " AND status IN ('pending', 'running')"
+    )
+    return sum(int(connection.execute(sql, dict(scope)).scalar_one()) for scope in scopes)
+
+
+def open_work(connection: Connection) -> list[OpenWork]:
+    """Every dataset and model between which extractions are pending or were left running."""
+    rows = connection.execute(
+        text(
+            "SELECT d.dataset_id, d.name, d.media, d.root, m.name FROM embstore.dataset d CROSS JOIN embstore.model m"
+            " WHERE EXISTS (SELECT FROM embstore.extraction e WHERE e.dataset_id = d.dataset_id"
+            " AND e.model_id = m.model_id AND e.status = 'pending') OR EXISTS (SELECT FROM embstore.extraction e"
+            " WHERE e.dataset_id = d.dataset_id AND e.model_id = m.model_id AND e.status = 'running')"
+            " ORDER BY m.model_id, d.dataset_id"
+        )
+    )
+    return [OpenWork(Dataset(*row[:4]), row[4]) for row in rows]
+
+
+def start_run(
+    connection: Connection, command: str, dataset_id: int, model_id: int, parameters: Mapping[str, Any]
+) -> int:
+    """Note that a command has begun on a dataset; returns the run_id."""
+    return int(
+        connection.execute(
+            text(
+                "INSERT INTO embstore.run (dataset_id, model_id, command, parameters, host, version) VALUES"
+                " (:dataset_id, :model_id, :command, CAST(:parameters AS jsonb), :host, :version) RETURNING run_id"
+            ),
+            {
+                "dataset_id": dataset_id,
+                "model_id": model_id,
+                "command": command,
+                "parameters": json.dumps(dict(parameters)),
+                "host": socket.gethostname(),
+                "version": metadata.version("embstore"),
+            },
+        ).scalar_one()
+    )
+
+
+def end_run(connection: Connection, run_id: int, dataset_id: int, status: str, counts: Mapping[str, Any]) -> None:
+    """Note how a command ended: `done`, `interrupted` or `failed`, and what it counted."""
+    connection.execute(
+        text(
+            "UPDATE embstore.run SET status = :status, counts = CAST(:counts AS jsonb), finished_at = clock_timestamp()"
+            " WHERE dataset_id = :dataset_id AND run_id = :run_id"
+        ),
+        {"dataset_id": dataset_id, "run_id": run_id, "status": status, "counts": json.dumps(dict(counts))},
+    )
+
+
+def _known(name: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=1)
+    if near:
+        return f"did you mean '{near[0]}'? 'embstore datasets' lists all"
+    return (
+        "known are " + ", ".join(f"'{n}'" for n in names)
+        if names
+        else "none is registered yet: 'embstore extract PATH'"
+    )

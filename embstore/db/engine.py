@@ -1,0 +1,146 @@
+"""One process's way to the server: a bounded pool, errors in one line, and patience when the server goes away."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import psycopg2
+from sqlalchemy import Connection, Engine, create_engine, text
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import DBAPIError
+
+from embstore.db import embedded
+from embstore.errors import DatabaseError, DatabaseUnavailable
+from embstore.settings import Settings
+
+T = TypeVar("T")
+
+PATIENCE = 60.0
+"""Seconds that a running job waits for a server that went away: a restart, a failover."""
+
+# A half-open connection must not hold up a worker for the two hours that TCP's own defaults take.
+_CONNECT_ARGS = {
+    "connect_timeout": 10,
+    "keepalives_idle": 20,
+    "keepalives_interval": 5,
+    "keepalives_count": 4,
+    "tcp_user_timeout": 40_000,
+    "application_name": "embstore",
+}
+
+_SERVER_GOES_AWAY = {"57P01", "57P02", "57P03", "08000", "08001", "08003", "08006", "53300"}
+_TRY_AGAIN = {"40001", "40P01"}
+
+
+class Database:
+    """A pool of at most `pool_size` connections to the server that the settings name, or to the embedded one."""
+
+    def __init__(self, settings: Settings, *, pool_size: int = 1) -> None:
+        self._settings = settings
+        self._pool_size = pool_size
+        self._engine: Engine | None = None
+
+    @property
+    def embedded(self) -> bool:
+        """Whether embstore runs the server itself."""
+        return self._settings.database_url is None
+
+    @property
+    def url(self) -> URL:
+        """Address of the server; the embedded one is started if need be."""
+        if self._settings.database_url is None:
+            return make_url(embedded.ensure_running(self._settings.home))
+        return make_url(self._settings.database_url)
+
+    def __str__(self) -> str:
+        if self._settings.database_url is None:
+            return f"the embedded server in '{self._settings.home}'"
+        return f"'{make_url(self._settings.database_url).render_as_string(hide_password=True)}'"
+
+    @contextmanager
+    def begin(self) -> Iterator[Connection]:
+        """One transaction. Errors of the server come out as DatabaseError, in one line."""
+        try:
+            with self._get_engine().begin() as connection:
+                yield connection
+        except (DBAPIError, psycopg2.Error) as error:
+            raise self._translate(error) from error
+
+    def patiently(self, work: Callable[[Connection], T], *, patience: float = PATIENCE) -> T:
+        """Run `work` in a transaction; if the server goes away, wait for it and run `work` again.
+
+        A commit whose answer got lost is run again too, so `work` must recognise what it has done already.
+        """
+        deadline = time.monotonic() + patience
+        pause = 0.1
+        while True:
+            try:
+                with self._get_engine().begin() as connection:
+                    return work(connection)
+            except (DBAPIError, psycopg2.Error, DatabaseUnavailable) as error:
+                if not _is_transient(error) or time.monotonic() > deadline:
+                    raise self._translate(error) from error
+            # Every pooled connection went to the same server, and the embedded one may have to be started again.
+            self.close()
+            time.sleep(pause)
+            pause = min(pause * 2, 2.0)
+
+    def close(self) -> None:
+        """Close all connections; the next use opens new ones."""
+        if self._engine is not None:
+            self._engine.dispose()
+            self._engine = None
+
+    def _get_engine(self) -> Engine:
+        if self._engine is None:
+            self._engine = create_engine(
+                self.url,
+                pool_size=self._pool_size,
+                max_overflow=0,
+                pool_pre_ping=True,
+                connect_args=_CONNECT_ARGS,
+            )
+        return self._engine
+
+    def _translate(self, error: Exception) -> DatabaseError:
+        if isinstance(error, DatabaseError):
+            return error
+        cause = error.orig if isinstance(error, DBAPIError) else error
+        code = getattr(cause, "pgcode", None)
+        words = _first_line(cause)
+        if code == "53100":
+            return DatabaseError(
+                f"the disk of the database is full ({words}): free some space there and run the same command again"
+            )
+        if code == "42501":
+            return DatabaseError(f"{words}: ask the owner of the database for that right")
+        if code is None and isinstance(cause, psycopg2.OperationalError):
+            return DatabaseUnavailable(
+                f"no database at {self}: {words}; check DATABASE_URL, or unset it to use the embedded server"
+                if not self.embedded
+                else f"{self} does not answer: {words}; see server.log there, or type 'embstore db up'"
+            )
+        return DatabaseError(f"the database refused: {words}")
+
+
+def _is_transient(error: Exception) -> bool:
+    if isinstance(error, DatabaseUnavailable):
+        return True
+    cause = error.orig if isinstance(error, DBAPIError) else error
+    code = getattr(cause, "pgcode", None)
+    if code is None:
+        return isinstance(cause, psycopg2.OperationalError | psycopg2.InterfaceError)
+    return code in _SERVER_GOES_AWAY or code in _TRY_AGAIN
+
+
+def _first_line(error: BaseException | None) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__
+
+
+def set_local(connection: Connection, name: str, value: str) -> None:
+    """Set a server parameter until the end of the transaction."""
+    connection.execute(text("SELECT set_config(:name, :value, true)"), {"name": name, "value": value})

@@ -1,0 +1,141 @@
+"""Is the database fit for this embstore, and how it becomes so."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, text
+
+from embstore.db.engine import Database
+from embstore.db.schema import HEAD, MINIMUM_PGVECTOR, MINIMUM_SERVER, SCHEMA
+from embstore.errors import DatabaseNotReady
+
+_MIGRATION_LOCK = 0x656D6273
+"""Any number that is embstore's own: 'embs'. Two processes must not migrate at once."""
+
+
+@dataclass(frozen=True)
+class State:
+    """What a database looks like from here."""
+
+    server: str
+    server_major: int
+    pgvector: str | None
+    pgvector_available: str | None
+    revision: str | None
+
+    @property
+    def can_migrate(self) -> bool:
+        """Whether an upgrade can mend what is wrong."""
+        return (
+            self.server_major >= MINIMUM_SERVER
+            and (self.pgvector or self.pgvector_available) is not None
+            and (self.pgvector is None or _version(self.pgvector) >= MINIMUM_PGVECTOR)
+            and (self.revision is None or self.revision <= HEAD)
+        )
+
+    @property
+    def problem(self) -> str | None:
+        """Why it cannot be used, with the command to type next; None if it can."""
+        newest = ".".join(map(str, MINIMUM_PGVECTOR))
+        if self.server_major < MINIMUM_SERVER:
+            return (
+                f"PostgreSQL {self.server} is too old: embstore needs {MINIMUM_SERVER} or later; upgrade the server, "
+                "or unset DATABASE_URL to use the embedded one"
+            )
+        if self.pgvector is None and self.pgvector_available is None:
+            return (
+                f"the server has no pgvector: install its package (postgresql-{self.server_major}-pgvector), "
+                "then type 'embstore db upgrade'"
+            )
+        if self.pgvector is not None and _version(self.pgvector) < MINIMUM_PGVECTOR:
+            return (
+                f"pgvector {self.pgvector} is too old: embstore needs {newest} or later; install it and type "
+                "\"embstore sql --write 'ALTER EXTENSION vector UPDATE'\""
+            )
+        if self.revision is None or self.pgvector is None:
+            return "the database is not migrated: type 'embstore db upgrade'"
+        if self.revision > HEAD:
+            return (
+                f"the database is at revision {self.revision}, made by a newer embstore than this one ({HEAD}): "
+                "type 'pip install --upgrade embstore'"
+            )
+        if self.revision < HEAD:
+            return (
+                f"the database is at revision {self.revision}, this embstore needs {HEAD}: type 'embstore db upgrade'"
+            )
+        return None
+
+
+def inspect(connection: Connection) -> State:
+    """Look at server, extension and revision in one round trip."""
+    row = connection.execute(
+        text(
+            "SELECT current_setting('server_version'), current_setting('server_version_num')::int / 10000,"
+            " (SELECT extversion FROM pg_extension WHERE extname = 'vector'),"
+            " (SELECT default_version FROM pg_available_extensions WHERE name = 'vector'),"
+            " to_regclass(:versions) IS NOT NULL"
+        ),
+        {"versions": f"{SCHEMA}.alembic_version"},
+    ).one()
+    revision = None
+    if row[4]:
+        revision = connection.execute(text(f"SELECT max(version_num) FROM {SCHEMA}.alembic_version")).scalar()
+    return State(row[0], row[1], row[2], row[3], revision)
+
+
+def require_ready(database: Database) -> None:
+    """Raise DatabaseNotReady unless the database fits. The embedded one, embstore's own, is migrated on the way."""
+    with database.begin() as connection:
+        state = inspect(connection)
+    if state.problem is None:
+        return
+    if not (database.embedded and state.can_migrate):
+        raise DatabaseNotReady(state.problem)
+    upgrade(database)
+
+
+def upgrade(database: Database, revision: str = "head") -> None:
+    """Create the extension and the schema, and run the migrations, in one transaction: all or nothing."""
+
+    def migrate(connection: Connection) -> None:
+        state = inspect(connection)
+        if not state.can_migrate:
+            raise DatabaseNotReady(str(state.problem))
+        # Into `public`, wherever the search path points: a schema of the user's own name would come first.
+        connection.execute(text("CREATE EXTENSION IF NOT EXISTS vector SCHEMA public"))
+        connection.execute(text(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}"))
+        _alembic(connection, "upgrade", revision)
+
+    _locked(database, migrate)
+
+
+def downgrade(database: Database, revision: str) -> None:
+    """Go back to an older revision, `base` for none. What the older schema cannot hold is lost."""
+    _locked(database, lambda connection: _alembic(connection, "downgrade", revision))
+
+
+def _locked(database: Database, work: Callable[[Connection], None]) -> None:
+    with database.begin() as connection:
+        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
+        work(connection)
+
+
+def _alembic(connection: Connection, command: str, revision: str) -> None:
+    # Here and not above: Alembic takes longer to import than most commands take.
+    import alembic.command
+    from alembic.config import Config
+
+    # Found by import, as the folder stands elsewhere in a wheel than in the source tree.
+    spec = importlib.util.find_spec("embstore.migrations")
+    assert spec is not None
+    assert spec.submodule_search_locations
+    config = Config(attributes={"connection": connection})
+    config.set_main_option("script_location", spec.submodule_search_locations[0].replace("%", "%%"))
+    getattr(alembic.command, command)(config, revision)
+
+
+def _version(words: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in words.split(".") if part.isdigit())

@@ -1,0 +1,178 @@
+"""The tables, as SQLAlchemy Core. Migrations make them; a test holds the two against each other.
+
+Catalogue: `dataset`, `model`, `run`, `lease`. Every table below it carries `dataset_id` in each of its keys, so that
+the tables can be spread over several servers by it without a rewrite.
+
+Status lives in `extraction` alone: a narrow row without a vector, because an update of a row under a vector index
+inserts the vector into that index again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pgvector.sqlalchemy import Vector
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    Column,
+    DateTime,
+    Double,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Identity,
+    Index,
+    Integer,
+    MetaData,
+    PrimaryKeyConstraint,
+    SmallInteger,
+    Table,
+    Text,
+    UniqueConstraint,
+    func,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+
+SCHEMA = "embstore"
+HEAD = "0001"
+"""The newest migration. Revisions are numbered, so that older and newer can be told apart without loading Alembic."""
+
+MINIMUM_SERVER = 16
+MINIMUM_PGVECTOR = (0, 8, 4)
+"""Earlier ones have overflow and vacuum bugs in their HNSW index."""
+
+metadata = MetaData(schema=SCHEMA)
+
+
+def _timestamp(name: str, **more: Any) -> Column[Any]:
+    return Column(name, DateTime(timezone=True), **more)
+
+
+dataset = Table(
+    "dataset",
+    metadata,
+    Column("dataset_id", Integer, Identity(always=True), primary_key=True),
+    Column("name", Text, nullable=False, unique=True),
+    Column("media", Text, CheckConstraint("media IN ('audio', 'image')", name="dataset_media"), nullable=False),
+    Column("root", Text, nullable=False, comment="absolute folder that the paths of the items are relative to"),
+    _timestamp("created_at", nullable=False, server_default=func.now()),
+)
+
+model = Table(
+    "model",
+    metadata,
+    Column("model_id", SmallInteger, Identity(always=True), primary_key=True),
+    Column("name", Text, nullable=False, unique=True),
+    Column("media", Text, CheckConstraint("media IN ('audio', 'image')", name="model_media"), nullable=False),
+    Column("dim", Integer, CheckConstraint("dim > 0", name="model_dim"), nullable=False),
+    Column("fingerprint", Text, nullable=False, comment="hash of weights and settings"),
+    Column("settings", JSONB, nullable=False, comment="preprocessing and other facts, for people"),
+    _timestamp("created_at", nullable=False, server_default=func.now()),
+)
+
+run = Table(
+    "run",
+    metadata,
+    Column("run_id", Integer, Identity(always=True), nullable=False),
+    Column("dataset_id", Integer, ForeignKey(dataset.c.dataset_id, ondelete="CASCADE"), nullable=False),
+    Column("model_id", SmallInteger, ForeignKey(model.c.model_id, ondelete="CASCADE"), nullable=False),
+    Column("command", Text, nullable=False),
+    Column("parameters", JSONB, nullable=False),
+    Column("role", Text, nullable=False, server_default=func.current_user()),
+    Column("host", Text, nullable=False),
+    Column("version", Text, nullable=False, comment="of embstore"),
+    Column("status", Text, nullable=False, server_default="running"),
+    Column("counts", JSONB, nullable=False, server_default=text("'{}'::jsonb")),
+    _timestamp("started_at", nullable=False, server_default=func.now()),
+    _timestamp("finished_at"),
+    PrimaryKeyConstraint("dataset_id", "run_id"),
+    CheckConstraint("status IN ('running', 'done', 'interrupted', 'failed')", name="run_status"),
+)
+
+lease = Table(
+    "lease",
+    metadata,
+    Column("token", BigInteger, Identity(always=True), primary_key=True),
+    Column("worker", Text, nullable=False, comment="host:pid"),
+    _timestamp("expires_at", nullable=False, comment="by the clock of the server"),
+)
+"""One row a worker process. Renewing it is one small update, however many rows the worker has claimed."""
+
+item = Table(
+    "item",
+    metadata,
+    Column("dataset_id", Integer, ForeignKey(dataset.c.dataset_id, ondelete="CASCADE"), nullable=False),
+    Column("item_id", BigInteger, Identity(always=True), nullable=False),
+    Column("position", BigInteger, nullable=False, comment="place in the order of the dataset, from 0 without gaps"),
+    Column("path", Text, nullable=False, comment="relative to the root of the dataset"),
+    Column("start", Double, comment="seconds; null: the whole file"),
+    Column("duration", Double, comment="seconds; null: to the end"),
+    Column("speaker", Text),
+    Column("size", BigInteger, comment="bytes, when it was registered; null: was not there"),
+    Column("mtime_ns", BigInteger),
+    _timestamp("vanished_at", comment="when a scan no longer found it"),
+    PrimaryKeyConstraint("dataset_id", "item_id"),
+    UniqueConstraint("dataset_id", "path", "start", name="item_path_start", postgresql_nulls_not_distinct=True),
+    Index("item_speaker", "dataset_id", "speaker"),
+)
+
+
+def _queue_columns() -> list[Column[Any]]:
+    """What makes a table a queue; `embstore.queue` works on any table that has them."""
+    return [
+        Column("status", Text, nullable=False, server_default="pending"),
+        Column("attempts", SmallInteger, nullable=False, server_default="0", comment="counted when claimed"),
+        Column("claim_token", BigInteger, comment="lease of the worker that has it, or that finished it"),
+        Column("error_code", Text),
+        Column("error", Text),
+        _timestamp("finished_at"),
+    ]
+
+
+STATUSES = "('pending', 'running', 'done', 'failed', 'skipped')"
+
+extraction = Table(
+    "extraction",
+    metadata,
+    Column("dataset_id", Integer, nullable=False),
+    Column("model_id", SmallInteger, ForeignKey(model.c.model_id, ondelete="CASCADE"), nullable=False),
+    Column("item_id", BigInteger, nullable=False),
+    *_queue_columns(),
+    PrimaryKeyConstraint("dataset_id", "model_id", "item_id"),
+    ForeignKeyConstraint(["dataset_id", "item_id"], [item.c.dataset_id, item.c.item_id], ondelete="CASCADE"),
+    CheckConstraint(f"status IN {STATUSES}", name="extraction_status"),
+    CheckConstraint("(error_code IS NOT NULL) = (status IN ('failed', 'skipped'))", name="extraction_reason"),
+)
+for _status in ("pending", "running"):
+    Index(
+        f"extraction_{_status}",
+        extraction.c.dataset_id,
+        extraction.c.model_id,
+        extraction.c.item_id,
+        postgresql_where=text(f"status = '{_status}'"),
+    )
+Index(
+    "extraction_refused",
+    extraction.c.dataset_id,
+    extraction.c.model_id,
+    extraction.c.item_id,
+    postgresql_where=text("status IN ('failed', 'skipped')"),
+)
+
+embedding = Table(
+    "embedding",
+    metadata,
+    Column("dataset_id", Integer, nullable=False),
+    Column("model_id", SmallInteger, nullable=False),
+    Column("item_id", BigInteger, nullable=False),
+    Column("embedding", Vector(), nullable=False),
+    PrimaryKeyConstraint("dataset_id", "model_id", "item_id"),
+    ForeignKeyConstraint(
+        ["dataset_id", "model_id", "item_id"],
+        [extraction.c.dataset_id, extraction.c.model_id, extraction.c.item_id],
+        ondelete="CASCADE",
+    ),
+    postgresql_partition_by="LIST (model_id)",
+)
+"""Partitioned by model: `embstore.vectors` makes one partition for each, where the dimension is checked."""

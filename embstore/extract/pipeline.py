@@ -1,0 +1,170 @@
+"""What a worker process does: claim, decode, embed, write, all at once in threads with bounded queues between.
+
+    ledger thread      decoding threads            this thread                 ledger thread
+    claims rows  --->  model.prepare (files)  ---> model.embed (batches)  ---> vectors and `done`
+
+The only module where models and the database meet.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from embstore.catalog import ItemRow
+from embstore.db.engine import Database
+from embstore.errors import ItemError, ItemFailed
+from embstore.extract.batching import Outcome, Ready, Waiting, embed_each
+from embstore.extract.ledger import Ledger
+from embstore.models.base import Model, Recipe
+from embstore.progress import Tally
+from embstore.queue import LEASE_SECONDS, Queue
+from embstore.settings import Settings
+from embstore.workers import Channel
+
+WAITING_BYTES = 512 << 20
+"""Decoded items that may wait for the device, in bytes, in one worker."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One dataset to work on."""
+
+    dataset_id: int
+    root: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a worker process is told."""
+
+    settings: Settings
+    recipe: Recipe
+    model_id: int
+    tasks: tuple[Task, ...]
+    device: str
+    decoders: int
+    lease_seconds: float = LEASE_SECONDS
+
+
+@dataclass(frozen=True)
+class Leased:
+    """A worker has taken a lease; its parent ends it if the worker dies."""
+
+    token: int
+
+
+@dataclass(frozen=True)
+class Committed:
+    """A worker has written results of a dataset."""
+
+    dataset_id: int
+    tally: Tally
+
+
+def extraction_queue(dataset_id: int, model_id: int) -> Queue:
+    """The queue of one dataset's items for one model."""
+    return Queue("embstore.extraction", "item_id", {"dataset_id": dataset_id, "model_id": model_id})
+
+
+def work(channel: Channel, job: Job) -> None:
+    """Body of a worker process: until no item of the job is pending, or until told to stop."""
+    model = job.recipe.load(job.device)
+    database = Database(job.settings, pool_size=1)
+    try:
+        _Pipeline(channel, job, model, database).run()
+    finally:
+        database.close()
+
+
+class _Pipeline:
+    def __init__(self, channel: Channel, job: Job, model: Model, database: Database) -> None:
+        self._stopping = channel.stopping
+        self._job = job
+        self._model = model
+        self._database = database
+        self._waiting = Waiting(WAITING_BYTES)
+        self._claimed: queue.SimpleQueue[tuple[Path, ItemRow]] = queue.SimpleQueue()
+        self._root = Path()
+        self._device_done = threading.Event()
+        self._books_closed = threading.Event()
+        self._error: BaseException | None = None
+        self._ledger = Ledger(
+            database,
+            self._submit,
+            lambda dataset_id, tally: channel.send(Committed(dataset_id, tally)),
+            self._stopping,
+            job.lease_seconds,
+        )
+        channel.send(Leased(self._ledger.token))
+
+    def run(self) -> None:
+        """Start the threads, and feed the device with what they bring."""
+        for number in range(self._job.decoders):
+            threading.Thread(target=self._decode, name=f"decoder-{number}", daemon=True).start()
+        books = threading.Thread(target=self._keep_books, name="ledger", daemon=True)
+        books.start()
+        try:
+            self._feed_device()
+        finally:
+            if not self._books_closed.is_set():
+                self._stopping.set()
+            self._device_done.set()
+            self._waiting.close()
+            books.join()
+        if self._error is not None:
+            raise self._error
+
+    def _feed_device(self) -> None:
+        while batch := self._waiting.take(self._model.max_cost, self._over):
+            for outcome in embed_each(self._model, batch, self._job.recipe.dim):
+                self._ledger.put(outcome)
+
+    def _over(self) -> bool:
+        return self._stopping.is_set() or self._books_closed.is_set()
+
+    def _submit(self, rows: Sequence[ItemRow]) -> None:
+        for row in rows:
+            self._claimed.put((self._root, row))
+
+    def _decode(self) -> None:
+        while True:
+            root, row = self._claimed.get()
+            if not self._waiting.wait_for_room() or self._stopping.is_set():
+                continue
+            try:
+                prepared = self._model.prepare(root / row.path, row.start, row.duration)
+            except ItemError as error:
+                self._ledger.put(Outcome(row.item_id, 0.0, error))
+            except Exception as error:  # noqa: BLE001 - a decoder's surprise concerns this file alone
+                words = f"{type(error).__name__}: {error}".splitlines()[0]
+                self._ledger.put(Outcome(row.item_id, 0.0, ItemFailed("decode_error", words)))
+            else:
+                self._waiting.put(Ready(row.item_id, prepared))
+
+    def _keep_books(self) -> None:
+        queues = [(extraction_queue(task.dataset_id, self._job.model_id), task) for task in self._job.tasks]
+        try:
+            while not self._stopping.is_set() and queues:
+                for work, task in queues:
+                    self._root = Path(task.root)
+                    self._serve(work)
+                queues = [pair for pair in queues if self._database.patiently(pair[0].is_open)]
+                if queues:
+                    # What is left is running at other workers. They finish it, or their leases run out.
+                    self._ledger.idle()
+            self._ledger.leave()
+        except BaseException as error:  # noqa: BLE001 - raised again in the main thread
+            self._error = error
+        finally:
+            self._books_closed.set()
+
+    def _serve(self, work: Queue) -> None:
+        self._ledger.serve(work)
+        if self._stopping.is_set():
+            while not self._device_done.wait(1.0):
+                self._ledger.renew()
+            self._ledger.close(work)

@@ -1,0 +1,208 @@
+"""What workers count, and how a person watches it: a live display in a terminal, plain lines at intervals elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.progress import Progress
+
+PLAIN_SECONDS = 10.0
+"""Between two lines, where the output is no terminal."""
+
+
+@dataclass
+class Tally:
+    """What became of items: counts that add up."""
+
+    done: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    failed: Counter[str] = field(default_factory=Counter)
+    audio_seconds: float = 0.0
+
+    @property
+    def processed(self) -> int:
+        """All items that came to an end."""
+        return self.done + self.skipped.total() + self.failed.total()
+
+    def add(self, other: Tally) -> None:
+        """Add another tally to this one."""
+        self.done += other.done
+        self.skipped += other.skipped
+        self.failed += other.failed
+        self.audio_seconds += other.audio_seconds
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON and for the table of runs."""
+        return {
+            "processed": self.processed,
+            "embedded": self.done,
+            "skipped": dict(self.skipped),
+            "failed": dict(self.failed),
+            "audio_seconds": round(self.audio_seconds, 3),
+        }
+
+
+class Display(Protocol):
+    """Shows a run; every method is cheap and may be called often."""
+
+    def __enter__(self) -> Display: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def say(self, line: str) -> None:
+        """Print a line above the moving part."""
+
+    def update(self, remaining: int, tallies: Iterable[Tally]) -> None:
+        """Show how many items are left in the database, and what each worker has done."""
+
+
+def display(total: int, stream: TextIO, *, live: bool | None = None) -> Display:
+    """The display that fits the stream."""
+    if stream.isatty() if live is None else live:
+        return LiveDisplay(total, stream)
+    return PlainDisplay(total, stream)
+
+
+class PlainDisplay:
+    """A line every few seconds: for logs, pipes and CI."""
+
+    def __init__(self, total: int, stream: TextIO) -> None:
+        self._total = total
+        self._stream = stream
+        self._start = self._last = time.monotonic()
+
+    def __enter__(self) -> PlainDisplay:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def say(self, line: str) -> None:
+        """Print a line."""
+        print(line, file=self._stream, flush=True)
+
+    def update(self, remaining: int, tallies: Iterable[Tally]) -> None:
+        """Print a line if the last one is long enough ago."""
+        now = time.monotonic()
+        if now - self._last < PLAIN_SECONDS:
+            return
+        self._last = now
+        tally = _sum(tallies)
+        rate = tally.processed / (now - self._start)
+        left = f", about {duration(remaining / rate)} left" if rate > 0 and remaining else ""
+        self.say(
+            f"{self._total - remaining:,} of {self._total:,} ({_percent(self._total - remaining, self._total)}); "
+            f"this run: {tally.done:,} done, {tally.skipped.total():,} skipped, {tally.failed.total():,} failed, "
+            f"{rate:,.1f}/s{left}"
+        )
+
+
+class LiveDisplay:
+    """A bar with rate and time left, and a row a worker."""
+
+    def __init__(self, total: int, stream: TextIO) -> None:
+        # Here and not above: rich takes longer to import than `embstore --help` may take.
+        from rich.console import Console
+        from rich.live import Live
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+
+        self._total = total
+        self._start = time.monotonic()
+        self._tallies: list[Tally] = []
+        self._bar: Progress = _progress(
+            TextColumn("[progress.percentage]{task.percentage:>3.0f}%"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}/s"),
+            TimeRemainingColumn(compact=True),
+        )
+        self._task = self._bar.add_task("", total=total, rate="0")
+        self._live = Live(console=Console(file=stream), get_renderable=self._render, refresh_per_second=4)
+
+    def __enter__(self) -> LiveDisplay:
+        self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def say(self, line: str) -> None:
+        """Print a line above the bar."""
+        self._live.console.print(line, markup=False, highlight=False)
+
+    def update(self, remaining: int, tallies: Iterable[Tally]) -> None:
+        """Set what the next refresh shows."""
+        self._tallies = list(tallies)
+        rate = _sum(self._tallies).processed / max(time.monotonic() - self._start, 1e-9)
+        self._bar.update(self._task, completed=self._total - remaining, rate=f"{rate:,.1f}")
+
+    def _render(self) -> RenderableType:
+        from rich.console import Group
+        from rich.table import Table
+
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        for name in ("worker", "done", "skipped", "failed"):
+            table.add_column(name, justify="right")
+        for index, tally in enumerate(self._tallies):
+            failed = tally.failed.total()
+            table.add_row(
+                str(index), f"{tally.done:,}", f"{tally.skipped.total():,}", f"[red]{failed:,}[/]" if failed else "0"
+            )
+        return Group(table, self._bar)
+
+
+def summary(tally: Tally, seconds: float) -> str:
+    """The lines that end a run."""
+    lines = [
+        f"processed {tally.processed:,} in {duration(seconds)}",
+        f"  embedded {tally.done:,}",
+        f"  skipped  {_reasons(tally.skipped)}",
+        f"  failed   {_reasons(tally.failed)}",
+    ]
+    if tally.processed and seconds > 0:
+        speed = f"  {tally.processed / seconds:,.1f} utterances a second"
+        if tally.audio_seconds:
+            speed += f", {tally.audio_seconds / seconds:,.1f} hours of audio an hour"
+        lines.append(speed)
+    return "\n".join(lines)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: 0.8 s, 42 s, 3 min 20 s, 5 h 12 min."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds) // 60
+    if minutes < 60:
+        return f"{minutes} min {round(seconds) % 60} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def _reasons(counts: Counter[str]) -> str:
+    if not counts:
+        return "0"
+    return f"{counts.total():,} ({', '.join(f'{code} {n:,}' for code, n in counts.most_common())})"
+
+
+def _sum(tallies: Iterable[Tally]) -> Tally:
+    total = Tally()
+    for tally in tallies:
+        total.add(tally)
+    return total
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.0f}%" if whole else "100%"
+
+
+def _progress(*columns: Any) -> Progress:
+    from rich.progress import Progress
+
+    return Progress(*columns, expand=True)

@@ -1,0 +1,199 @@
+"""The job queue: rows with a status column, claimed under a lease.
+
+    pending --claim--> running --finish--> done
+       ^                  |  \\--refuse--> failed | skipped     with a reason code
+       |--release---------/   \\--rescue--> running, by another worker, when the lease has run out
+
+A worker process takes one *lease* and renews it while it lives; every row that it claims carries the lease's token.
+Whatever it writes later is *fenced* by that token: a row that somebody else has claimed since is not touched.
+
+Works on any table with the queue columns of `embstore.db.schema` and an integer key. A *scope* is a set of values for
+the columns before that key: one dataset and one model, for extraction.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, Row, text
+
+from embstore.errors import LeaseLost
+
+LEASE_SECONDS = 30.0
+"""How long a worker that went silent keeps its rows. By the server's clock alone: those of workers may be wrong."""
+MAX_ATTEMPTS = 3
+"""An item that was being worked on when its worker died, this many times, has killed it: it is set aside."""
+SUSPECT_GROUP = 16
+"""How many rows of a dead worker are tried together, before each is tried alone."""
+
+Scope = Mapping[str, int]
+
+_TAKE_LEASE = """
+INSERT INTO embstore.lease (worker, expires_at) VALUES (:worker, clock_timestamp() + make_interval(secs => :seconds))
+RETURNING token
+"""
+_RENEW_LEASE = """
+UPDATE embstore.lease SET expires_at = clock_timestamp() + make_interval(secs => :seconds) WHERE token = :token
+"""
+
+# SKIP LOCKED lets workers claim side by side. The keyset (key > :after) keeps a claim cheap while an old snapshot, a
+# backup say, keeps the index entries of claimed rows alive: without it each claim would wade through all of them.
+# ARRAY(…) and not IN (…): the planner may run a subquery's LIMIT more than once.
+_CLAIM = """
+UPDATE {table} SET status = 'running', attempts = attempts + 1, claim_token = :token
+WHERE {scope} AND {key} = ANY (ARRAY(
+    SELECT {key} FROM {table} WHERE {scope} AND status = 'pending' AND {key} > :after
+    ORDER BY {key} LIMIT :limit FOR UPDATE SKIP LOCKED))
+RETURNING {key} AS key
+"""
+
+_ABANDONED = """{scope} AND status = 'running' AND NOT EXISTS (
+    SELECT FROM embstore.lease l WHERE l.token = claim_token AND l.expires_at > clock_timestamp())"""
+
+_RESCUE = """
+UPDATE {table} SET attempts = attempts + 1, claim_token = :token
+WHERE {scope} AND {key} = ANY (ARRAY(
+    SELECT {key} FROM {table} WHERE {abandoned} AND attempts = :attempts
+    ORDER BY {key} LIMIT :limit FOR UPDATE SKIP LOCKED))
+RETURNING {key} AS key
+"""
+
+_QUARANTINE = """
+UPDATE {table} SET status = 'failed', error_code = 'worker_died', finished_at = clock_timestamp(),
+    error = 'its worker process died each of the ' || attempts || ' times that it was being worked on'
+WHERE {scope} AND {key} = ANY (ARRAY(
+    SELECT {key} FROM {table} WHERE {abandoned} AND attempts >= :attempts FOR UPDATE SKIP LOCKED))
+RETURNING {key} AS key
+"""
+
+_FINISH = """
+UPDATE {table} SET status = 'done', finished_at = clock_timestamp()
+WHERE {scope} AND {key} = ANY (:keys) AND status = 'running' AND claim_token = :token
+RETURNING {key} AS key
+"""
+_FINISHED_BEFORE = """
+SELECT {key} AS key FROM {table} WHERE {scope} AND {key} = ANY (:keys) AND status = 'done' AND claim_token = :token
+"""
+
+_REFUSE = """
+UPDATE {table} q SET status = r.status, error_code = r.code, error = r.error, finished_at = clock_timestamp()
+FROM unnest(CAST(:keys AS bigint[]), CAST(:statuses AS text[]), CAST(:codes AS text[]), CAST(:errors AS text[]))
+    AS r (key, status, code, error)
+WHERE {scope} AND q.{key} = r.key AND q.status = 'running' AND q.claim_token = :token
+"""
+
+_RELEASE = """
+UPDATE {table} SET status = 'pending', attempts = attempts - 1, claim_token = NULL
+WHERE {scope} AND status = 'running' AND claim_token = :token
+"""
+
+_OPEN = "SELECT EXISTS (SELECT FROM {table} WHERE {scope} AND status IN ('pending', 'running'))"
+
+_RETRY = """
+UPDATE {table} SET status = 'pending', attempts = 0, claim_token = NULL, error_code = NULL, error = NULL,
+    finished_at = NULL
+WHERE {scope} AND status = ANY (:statuses) AND (CAST(:codes AS text[]) IS NULL OR error_code = ANY (:codes))
+"""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a row ends without a result."""
+
+    key: int
+    status: str
+    code: str
+    error: str
+
+
+def take_lease(connection: Connection, seconds: float = LEASE_SECONDS) -> int:
+    """Register this process as a worker; returns the token that fences its writes."""
+    worker = f"{socket.gethostname()}:{os.getpid()}"
+    return int(connection.execute(text(_TAKE_LEASE), {"worker": worker, "seconds": seconds}).scalar_one())
+
+
+def renew_lease(connection: Connection, token: int, seconds: float = LEASE_SECONDS) -> None:
+    """Push the lease's end into the future. Raises LeaseLost if somebody has ended it."""
+    if connection.execute(text(_RENEW_LEASE), {"token": token, "seconds": seconds}).rowcount == 0:
+        raise LeaseLost(f"lease {token} was ended from outside: this worker stops, another one goes on")
+
+
+def end_lease(connection: Connection, token: int) -> None:
+    """End a lease, one's own or a dead worker's: what it still has claimed can be rescued at once."""
+    connection.execute(text("DELETE FROM embstore.lease WHERE token = :token"), {"token": token})
+
+
+class Queue:
+    """The rows of one queue table that lie in `scope`. Every method runs in the caller's transaction."""
+
+    def __init__(self, table: str, key: str, scope: Scope) -> None:
+        self.scope = dict(scope)
+        names = {"table": table, "key": key, "scope": " AND ".join(f"{name} = :{name}" for name in scope)}
+        names["abandoned"] = _ABANDONED.format(**names)
+        self._names = names
+
+    def claim(self, connection: Connection, token: int, limit: int, after: int = 0) -> list[int]:
+        """Claim up to `limit` pending rows with keys above `after`, in the order of the keys."""
+        return self._keys(connection, _CLAIM, token=token, limit=limit, after=after)
+
+    def rescue(self, connection: Connection, token: int) -> tuple[list[int], int]:
+        """Take over rows whose lease has run out: (keys, number of rows that were set aside as killers of workers).
+
+        One of the rows may be what killed the worker. So they come in small groups, then one by one, and the caller
+        must work on nothing else meanwhile: only then does a row's number of attempts tell killer from bystander.
+        """
+        quarantined = self._keys(connection, _QUARANTINE, attempts=MAX_ATTEMPTS)
+        for attempts in range(MAX_ATTEMPTS):
+            limit = SUSPECT_GROUP if attempts < MAX_ATTEMPTS - 1 else 1
+            keys = self._keys(connection, _RESCUE, token=token, attempts=attempts, limit=limit)
+            if keys:
+                return keys, len(quarantined)
+        return [], len(quarantined)
+
+    def finish(self, connection: Connection, token: int, keys: Sequence[int]) -> list[int]:
+        """Mark claimed rows done; returns those marked by this call.
+
+        Rows that an earlier call has marked already, in a commit whose answer got lost, are left out of the result.
+        Raises LeaseLost if any row belongs to somebody else by now.
+        """
+        marked = self._keys(connection, _FINISH, token=token, keys=list(keys))
+        if len(marked) < len(keys):
+            before = self._keys(connection, _FINISHED_BEFORE, token=token, keys=list(keys))
+            if len(before) < len(keys):
+                raise LeaseLost(f"{len(keys) - len(before)} of {len(keys)} rows belong to another worker by now")
+        return marked
+
+    def refuse(self, connection: Connection, token: int, refusals: Sequence[Refusal]) -> None:
+        """Mark claimed rows failed or skipped. Rows that somebody else has claimed since are left alone."""
+        self._execute(
+            connection,
+            _REFUSE,
+            token=token,
+            keys=[r.key for r in refusals],
+            statuses=[r.status for r in refusals],
+            codes=[r.code for r in refusals],
+            errors=[r.error for r in refusals],
+        )
+
+    def release(self, connection: Connection, token: int) -> int:
+        """Give all rows that the token still holds back as pending, as if never claimed; returns their number."""
+        return int(self._execute(connection, _RELEASE, token=token).rowcount)
+
+    def is_open(self, connection: Connection) -> bool:
+        """Whether any row is still pending, or running at any worker."""
+        return bool(self._execute(connection, _OPEN).scalar_one())
+
+    def retry(self, connection: Connection, statuses: Sequence[str], codes: Sequence[str] | None = None) -> int:
+        """Make refused rows pending again, all of them or those with the given reason codes; returns their number."""
+        return int(self._execute(connection, _RETRY, statuses=list(statuses), codes=codes).rowcount)
+
+    def _keys(self, connection: Connection, sql: str, **values: Any) -> list[int]:
+        rows: Sequence[Row[Any]] = self._execute(connection, sql, **values).all()
+        return sorted(row.key for row in rows)
+
+    def _execute(self, connection: Connection, sql: str, **values: Any) -> Any:
+        return connection.execute(text(sql.format(**self._names)), {**self.scope, **values})

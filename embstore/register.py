@@ -1,0 +1,168 @@
+"""Registering: what a scan found becomes items, and pending extractions, by COPY and set-based SQL.
+
+The scan goes into a temporary table; one join against the items that are there says what is new, changed or gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+from sqlalchemy import Connection, text
+
+from embstore.db.copy import PIECE
+from embstore.sources import Entry
+
+_SCAN = """
+CREATE TEMPORARY TABLE scan (
+    ordinal bigint, path text, speaker text, start double precision, duration double precision,
+    size bigint, mtime_ns bigint
+) ON COMMIT DROP
+"""
+
+# An item that has no file now (size is null) keeps what was known of it. The vanished come behind the others, so that
+# positions stay without gaps. `coalesce` because a hash join needs plain equality, and a start is never negative.
+_DIFFERENCE = """
+CREATE TEMPORARY TABLE difference ON COMMIT DROP AS
+SELECT s.ordinal, s.path, s.speaker, s.start, s.duration, s.size, s.mtime_ns, i.item_id, i.vanished_at,
+    s.path IS NULL AS is_gone,
+    i.item_id IS NULL AS is_new,
+    s.path IS NOT NULL AND i.item_id IS NOT NULL AND (
+        s.size IS NOT NULL AND (s.size, s.mtime_ns) IS DISTINCT FROM (i.size, i.mtime_ns)
+        OR s.duration IS DISTINCT FROM i.duration) AS is_changed,
+    CASE WHEN s.path IS NULL
+        THEN :present + row_number() OVER (PARTITION BY s.path IS NULL ORDER BY i.position) - 1 ELSE s.ordinal
+    END AS position
+FROM scan s
+FULL JOIN (SELECT * FROM embstore.item WHERE dataset_id = :dataset_id) i
+    ON i.path = s.path AND coalesce(i.start, -1) = coalesce(s.start, -1)
+WHERE s.path IS NULL OR i.item_id IS NULL OR i.vanished_at IS NOT NULL
+    OR (s.speaker, s.duration, s.ordinal) IS DISTINCT FROM (i.speaker, i.duration, i.position)
+    OR s.size IS NOT NULL AND (s.size, s.mtime_ns) IS DISTINCT FROM (i.size, i.mtime_ns)
+"""
+
+_COUNT = """
+SELECT count(*) FILTER (WHERE is_new) AS new, count(*) FILTER (WHERE is_changed) AS changed,
+    count(*) FILTER (WHERE is_gone AND vanished_at IS NULL) AS vanished,
+    count(*) FILTER (WHERE is_gone AND vanished_at IS NOT NULL) AS vanished_before
+FROM difference
+"""
+
+_INSERT = """
+INSERT INTO embstore.item (dataset_id, position, path, start, duration, speaker, size, mtime_ns)
+SELECT :dataset_id, position, path, start, duration, speaker, size, mtime_ns
+FROM difference WHERE is_new ORDER BY ordinal
+"""
+
+_UPDATE = """
+UPDATE embstore.item i SET position = d.position, speaker = d.speaker, duration = d.duration,
+    size = coalesce(d.size, i.size), mtime_ns = coalesce(d.mtime_ns, i.mtime_ns), vanished_at = NULL
+FROM difference d WHERE i.dataset_id = :dataset_id AND i.item_id = d.item_id AND NOT d.is_gone
+"""
+
+_VANISH = """
+UPDATE embstore.item i SET position = d.position, vanished_at = coalesce(i.vanished_at, now())
+FROM difference d WHERE i.dataset_id = :dataset_id AND i.item_id = d.item_id AND d.is_gone
+    AND (i.position <> d.position OR i.vanished_at IS NULL)
+"""
+
+# A changed file's old vector goes with the old status, in one transaction: never a vector without `done`.
+_FORGET_VECTORS = """
+DELETE FROM embstore.embedding e USING difference d
+WHERE d.is_changed AND e.dataset_id = :dataset_id AND e.item_id = d.item_id
+"""
+_START_OVER = """
+UPDATE embstore.extraction x SET status = 'pending', attempts = 0, claim_token = NULL, error_code = NULL, error = NULL,
+    finished_at = NULL
+FROM difference d WHERE d.is_changed AND x.dataset_id = :dataset_id AND x.item_id = d.item_id
+"""
+
+_ENQUEUE = """
+INSERT INTO embstore.extraction (dataset_id, model_id, item_id)
+SELECT i.dataset_id, :model_id, i.item_id FROM embstore.item i
+WHERE i.dataset_id = :dataset_id AND NOT EXISTS (
+    SELECT FROM embstore.extraction x
+    WHERE x.dataset_id = :dataset_id AND x.model_id = :model_id AND x.item_id = i.item_id)
+ORDER BY i.item_id
+"""
+
+
+@dataclass(frozen=True)
+class Registered:
+    """What a scan found, against what was registered before."""
+
+    found: int
+    new: int
+    changed: int
+    vanished: int
+    vanished_before: int
+
+    @property
+    def unchanged(self) -> int:
+        """Items that are as they were."""
+        return self.found - self.new - self.changed
+
+
+def register(connection: Connection, dataset_id: int, entries: Iterable[Entry], *, dry_run: bool = False) -> Registered:
+    """Bring the dataset's items in line with a scan, in the caller's transaction.
+
+    The caller holds the lock on the dataset (`catalog.ensure_dataset`). With `dry_run` only the counts are taken.
+    """
+    values = {"dataset_id": dataset_id}
+    connection.execute(text(_SCAN))
+    found = _copy(connection, entries)
+    connection.execute(text("ANALYZE scan"))
+    connection.execute(text(_DIFFERENCE), {**values, "present": found})
+    count = connection.execute(text(_COUNT)).one()
+    if not dry_run:
+        for sql in (_FORGET_VECTORS, _START_OVER, _UPDATE, _VANISH, _INSERT):
+            connection.execute(text(sql), values)
+    connection.execute(text("DROP TABLE scan, difference"))
+    return Registered(found, count.new, count.changed, count.vanished, count.vanished_before)
+
+
+def enqueue(connection: Connection, dataset_id: int, model_id: int) -> int:
+    """Make an extraction pending for every item that has none by this model yet; returns their number."""
+    result = connection.execute(text(_ENQUEUE), {"dataset_id": dataset_id, "model_id": model_id})
+    return int(result.rowcount)
+
+
+def _copy(connection: Connection, entries: Iterable[Entry]) -> int:
+    lines = _Lines(entries)
+    driver = connection.connection.driver_connection
+    assert driver is not None
+    with driver.cursor() as cursor:
+        cursor.copy_expert("COPY scan FROM STDIN", lines, size=PIECE)
+    return lines.count
+
+
+class _Lines:
+    """A file, to psycopg2, of the entries in COPY's text form; made piece by piece, so a scan of any length streams."""
+
+    def __init__(self, entries: Iterable[Entry]) -> None:
+        self._entries = iter(entries)
+        self.count = 0
+
+    def read(self, _size: int = -1) -> str:
+        """The next few thousand lines; psycopg2 takes pieces of any length. Empty at the end."""
+        return "".join(self._next_lines(2000))
+
+    def _next_lines(self, limit: int) -> Iterator[str]:
+        for entry in islice(self._entries, limit):
+            yield (
+                f"{self.count}\t{_escape(entry.path)}\t{_escape(entry.speaker)}\t{_number(entry.start)}"
+                f"\t{_number(entry.duration)}\t{_number(entry.size)}\t{_number(entry.mtime_ns)}\n"
+            )
+            self.count += 1
+
+
+_ESCAPES = str.maketrans({"\\": r"\\", "\t": r"\t", "\n": r"\n", "\r": r"\r"})
+
+
+def _escape(value: str | None) -> str:
+    return r"\N" if value is None else value.translate(_ESCAPES)
+
+
+def _number(value: float | None) -> str:
+    return r"\N" if value is None else repr(value)

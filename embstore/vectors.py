@@ -1,0 +1,72 @@
+"""Where embeddings lie: one partition and one typed view for each model, and the write that cannot tear."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from sqlalchemy import Connection, text
+
+from embstore.db.copy import copy_vectors
+from embstore.queue import Queue
+
+_PLAIN_UP_TO = 1900
+"""Vectors of up to this many dimensions fit in a page of 8 kB, beside their key, without being pushed out of line."""
+
+# ATTACH and not PARTITION OF: that one would wait for, and hold up, everybody who uses any other model.
+_PARTITION = """
+CREATE TABLE embstore.embedding_{id} (LIKE embstore.embedding INCLUDING DEFAULTS INCLUDING INDEXES);
+ALTER TABLE embstore.embedding_{id} ALTER COLUMN embedding SET STORAGE {storage},
+    ADD CONSTRAINT embedding_{id}_model CHECK (model_id = {id}),
+    ADD CONSTRAINT embedding_{id}_vector CHECK (vector_dims(embedding) = {dim} AND vector_norm(embedding) > 0);
+ALTER TABLE embstore.embedding ATTACH PARTITION embstore.embedding_{id} FOR VALUES IN ({id});
+"""
+
+# The cast stands in the view and the partition is named: only so will an index on the typed vector be used through it.
+_VIEW = """
+CREATE VIEW embstore.{view} WITH (security_invoker) AS
+    SELECT d.name AS dataset, e.item_id, i.position, i.path, i.start, i.speaker, e.embedding::vector({dim}) AS embedding
+    FROM embstore.embedding_{id} e
+    JOIN embstore.item i USING (dataset_id, item_id)
+    JOIN embstore.dataset d USING (dataset_id)
+"""
+
+
+def view_name(model: str) -> str:
+    """Name of the view for people: `embeddings_resemblyzer`."""
+    return "embeddings_" + re.sub(r"[^a-z0-9]+", "_", model.lower()).strip("_")[:50]
+
+
+def create_partition(connection: Connection, model_id: int, model: str, dim: int) -> None:
+    """Make the place for a new model's vectors, and the view on it."""
+    storage = "PLAIN" if dim <= _PLAIN_UP_TO else "EXTERNAL"
+    view = view_name(model)
+    if connection.execute(text("SELECT to_regclass(:view)"), {"view": f"embstore.{view}"}).scalar() is not None:
+        view = f"{view}_{model_id}"
+    connection.execute(text(_PARTITION.format(id=model_id, dim=dim, storage=storage)))
+    connection.execute(text(_VIEW.format(id=model_id, dim=dim, view=view)))
+
+
+def write(
+    connection: Connection, queue: Queue, token: int, item_ids: Sequence[int], vectors: NDArray[np.float32]
+) -> None:
+    """Store vectors, float32 [n, dim], and mark their extractions done, in the caller's one transaction.
+
+    May be repeated after a commit whose outcome is unknown: rows that are done already are left as they are.
+    Raises LeaseLost if any of the rows was taken over by another worker; then nothing is written.
+    """
+    written = np.asarray(queue.finish(connection, token, item_ids), dtype=np.int64)
+    if len(written) == 0:
+        return
+    order = np.argsort(np.asarray(item_ids, dtype=np.int64))
+    ids = np.asarray(item_ids, dtype=np.int64)[order]
+    rows = order[np.searchsorted(ids, written)]
+    keys: dict[str, NDArray[np.integer]] = {
+        "dataset_id": np.full(len(written), queue.scope["dataset_id"], dtype=np.int32),
+        "model_id": np.full(len(written), queue.scope["model_id"], dtype=np.int16),
+        "item_id": written,
+    }
+    table = f"embstore.embedding_{queue.scope['model_id']}"
+    copy_vectors(connection, table, keys, "embedding", np.ascontiguousarray(vectors[rows], dtype=np.float32))

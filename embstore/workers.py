@@ -1,0 +1,266 @@
+"""A crew of worker processes: spawned, watched, replaced when they die, told to stop, never left behind.
+
+    parent: Crew(target, jobs).run(...)          child: target(channel, job)
+       "stop" ------------------------------------> channel.stopping is set
+       messages <---------------------------------- channel.send(message)
+       end of file on the pipe  <----- either side died ----->  the child drains, then leaves
+
+Children ignore Ctrl+C, which a terminal sends to all of them: the parent tells them. They die with their parent, even a
+killed one, as its end of the pipe closes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from types import FrameType
+from typing import Any
+
+from embstore.errors import EmbstoreError, LeaseLost, WorkerError
+
+DEATHS_IN_A_ROW = 5
+"""How often a worker's place is filled again while nothing gets done in between."""
+ORPHAN_SECONDS = 5.0
+"""How long a worker whose parent died may take to write what it has and to release the rest."""
+_TICK = 0.2
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """What a child says last, when it ends by an exception."""
+
+    error: EmbstoreError
+    details: str
+
+
+class Channel:
+    """A worker's line to its parent."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self.stopping = threading.Event()
+        """Set when the worker is to finish what it has begun, and leave."""
+        self._pipe = pipe
+        self._lock = threading.Lock()
+
+    def send(self, message: Any) -> None:
+        """Tell the parent. If there is none any more, say nothing: `stopping` is about to be set."""
+        with self._lock, contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self._pipe.send(message)
+
+    def listen(self) -> None:
+        """Set `stopping` when told so or when the parent is gone; runs in a thread of its own."""
+        try:
+            self._pipe.recv()
+        except (EOFError, OSError):
+            timer = threading.Timer(ORPHAN_SECONDS, os._exit, args=(1,))
+            timer.daemon = True
+            timer.start()
+        self.stopping.set()
+
+
+def _child(target: Callable[[Channel, Any], None], pipe: Connection, job: Any) -> None:
+    channel = Channel(pipe)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: channel.stopping.set())
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+    threading.Thread(target=channel.listen, daemon=True, name="parent").start()
+    try:
+        target(channel, job)
+    except EmbstoreError as error:
+        channel.send(_Failure(error, traceback.format_exc()))
+    except Exception as error:  # noqa: BLE001 - the parent gets it whole, and stops the crew
+        summary = f"{type(error).__name__}: {error}".splitlines()[0]
+        failure = WorkerError(f"a worker stopped at {summary}; type the same command with --debug for the traceback")
+        channel.send(_Failure(failure, traceback.format_exc()))
+
+
+@dataclass
+class _Worker:
+    index: int
+    process: SpawnProcess
+    pipe: Connection
+    failure: _Failure | None = None
+
+
+class Crew:
+    """One worker process for each job."""
+
+    def __init__(
+        self,
+        target: Callable[[Channel, Any], None],
+        jobs: Sequence[Any],
+        *,
+        environ: Mapping[str, str] | None = None,
+        on_message: Callable[[int, Any], bool],
+        on_death: Callable[[int], None],
+        on_tick: Callable[[], None] = lambda: None,
+        on_stop: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`on_message(index, message)` says whether the message means progress; `on_death(index)` clears up after a
+        worker that died before it is replaced; `on_tick` is called several times a second; `on_stop` at the first
+        Ctrl+C. All run in the parent's main thread."""
+        self._target = target
+        self._jobs = list(jobs)
+        self._environ = dict(environ or {})
+        self._on_message = on_message
+        self._on_death = on_death
+        self._on_tick = on_tick
+        self._on_stop = on_stop
+        self._workers: dict[int, _Worker] = {}
+        self._deaths = dict.fromkeys(range(len(self._jobs)), 0)
+        self._signals = 0
+        self._stopping = False
+        self._error: _Failure | None = None
+
+    def run(self) -> bool:
+        """Work until every worker has left by itself; False if it was interrupted.
+
+        Raises the error that a worker reported, or WorkerError if one keeps dying.
+        """
+        with self._signals_handled():
+            try:
+                for index in range(len(self._jobs)):
+                    self._start(index)
+                while self._workers:
+                    self._watch()
+                    self._on_tick()
+            finally:
+                self._kill()
+        if self._error is not None:
+            self._error.error.add_note(self._error.details)
+            raise self._error.error
+        return self._signals == 0
+
+    def _start(self, index: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        resource_tracker.ensure_running()  # it unblocks signals when it starts, so it starts before they are blocked
+        ours, theirs = context.Pipe()
+        process = context.Process(
+            target=_child, args=(self._target, theirs, self._jobs[index]), name=f"worker-{index}", daemon=True
+        )
+        with _signals_blocked(), _environment(self._environ):
+            process.start()
+        theirs.close()
+        self._workers[index] = _Worker(index, process, ours)
+
+    def _watch(self) -> None:
+        workers = list(self._workers.values())
+        ready = wait([w.pipe for w in workers] + [w.process.sentinel for w in workers], timeout=_TICK)
+        if self._signals == 1 and not self._stopping:
+            self._stop()
+            self._on_stop()
+        for worker in workers:
+            if worker.pipe in ready:
+                self._receive(worker)
+            if worker.process.sentinel in ready:
+                self._receive(worker)
+                self._left(worker)
+
+    def _receive(self, worker: _Worker) -> None:
+        with contextlib.suppress(EOFError, OSError):
+            while worker.pipe.poll():
+                message = worker.pipe.recv()
+                if isinstance(message, _Failure):
+                    worker.failure = message
+                elif self._on_message(worker.index, message):
+                    self._deaths[worker.index] = 0
+
+    def _left(self, worker: _Worker) -> None:
+        worker.process.join()
+        worker.pipe.close()
+        del self._workers[worker.index]
+        failure = worker.failure
+        if failure is None and worker.process.exitcode == 0:
+            return
+        self._on_death(worker.index)
+        if failure is not None and not isinstance(failure.error, LeaseLost):
+            self._give_up(failure)
+        elif not self._stopping:
+            self._replace(worker)
+
+    def _replace(self, worker: _Worker) -> None:
+        self._deaths[worker.index] += 1
+        if self._deaths[worker.index] < DEATHS_IN_A_ROW:
+            self._start(worker.index)
+            return
+        code = worker.process.exitcode or 0
+        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        self._give_up(
+            _Failure(
+                WorkerError(
+                    f"worker {worker.index} died {DEATHS_IN_A_ROW} times in a row without finishing an item ({how}); "
+                    "is there enough memory? try fewer --workers, then run the same command again"
+                ),
+                "",
+            )
+        )
+
+    def _give_up(self, failure: _Failure) -> None:
+        self._error = self._error or failure
+        self._stop()
+
+    def _stop(self) -> None:
+        self._stopping = True
+        for worker in self._workers.values():
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                worker.pipe.send("stop")
+
+    def _kill(self) -> None:
+        for worker in self._workers.values():
+            worker.process.kill()
+        for index, worker in list(self._workers.items()):
+            worker.process.join()
+            worker.pipe.close()
+            self._on_death(index)
+        self._workers.clear()
+
+    @contextlib.contextmanager
+    def _signals_handled(self) -> Iterator[None]:
+        """First Ctrl+C or SIGTERM: drain. Second: leave at once."""
+
+        def count(_signal: int, _frame: FrameType | None) -> None:
+            self._signals += 1
+            if self._signals > 1:
+                raise KeyboardInterrupt
+
+        before = {number: signal.signal(number, count) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """A child inherits the mask, so that a Ctrl+C in the second that Python takes to start does not reach it."""
+    signals = {signal.SIGINT, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+
+
+@contextlib.contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Thread counts are read from the environment when numpy and torch are imported: they must be there before."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
