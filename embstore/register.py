@@ -124,6 +124,10 @@ def register(connection: Connection, dataset_id: int, entries: Iterable[Entry], 
 
 def enqueue(connection: Connection, dataset_id: int, model_id: int) -> int:
     """Make an extraction pending for every item that has none by this model yet; returns their number."""
+    # Items must not be removed, nor this be done twice at once, until it is committed.
+    connection.execute(
+        text("SELECT FROM embstore.dataset WHERE dataset_id = :dataset_id FOR UPDATE"), {"dataset_id": dataset_id}
+    )
     result = connection.execute(text(_ENQUEUE), {"dataset_id": dataset_id, "model_id": model_id})
     return int(result.rowcount)
 

@@ -3,6 +3,9 @@
 Catalogue: `dataset`, `model`, `run`, `lease`. Every table below it carries `dataset_id` in each of its keys, so that
 the tables can be spread over several servers by it without a rewrite.
 
+Items, extractions and embeddings are bulk data: what belongs to a deleted row is deleted by statement triggers, not by
+foreign keys, whose check of every inserted row costs more than the insert.
+
 Status lives in `extraction` alone: a narrow row without a vector, because an update of a row under a vector index
 inserts the vector into that index again.
 """
@@ -19,7 +22,6 @@ from sqlalchemy import (
     DateTime,
     Double,
     ForeignKey,
-    ForeignKeyConstraint,
     Identity,
     Index,
     Integer,
@@ -102,7 +104,7 @@ lease = Table(
 item = Table(
     "item",
     metadata,
-    Column("dataset_id", Integer, ForeignKey(dataset.c.dataset_id, ondelete="CASCADE"), nullable=False),
+    Column("dataset_id", Integer, nullable=False),
     Column("item_id", BigInteger, Identity(always=True), nullable=False),
     Column("position", BigInteger, nullable=False, comment="place in the order of the dataset, from 0 without gaps"),
     Column("path", Text, nullable=False, comment="relative to the root of the dataset"),
@@ -136,11 +138,10 @@ extraction = Table(
     "extraction",
     metadata,
     Column("dataset_id", Integer, nullable=False),
-    Column("model_id", SmallInteger, ForeignKey(model.c.model_id, ondelete="CASCADE"), nullable=False),
+    Column("model_id", SmallInteger, nullable=False),
     Column("item_id", BigInteger, nullable=False),
     *_queue_columns(),
     PrimaryKeyConstraint("dataset_id", "model_id", "item_id"),
-    ForeignKeyConstraint(["dataset_id", "item_id"], [item.c.dataset_id, item.c.item_id], ondelete="CASCADE"),
     CheckConstraint(f"status IN {STATUSES}", name="extraction_status"),
     CheckConstraint("(error_code IS NOT NULL) = (status IN ('failed', 'skipped'))", name="extraction_reason"),
 )
@@ -168,11 +169,6 @@ embedding = Table(
     Column("item_id", BigInteger, nullable=False),
     Column("embedding", Vector(), nullable=False),
     PrimaryKeyConstraint("dataset_id", "model_id", "item_id"),
-    ForeignKeyConstraint(
-        ["dataset_id", "model_id", "item_id"],
-        [extraction.c.dataset_id, extraction.c.model_id, extraction.c.item_id],
-        ondelete="CASCADE",
-    ),
     postgresql_partition_by="LIST (model_id)",
 )
 """Partitioned by model: `embstore.vectors` makes one partition for each, where the dimension is checked."""
