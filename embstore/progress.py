@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-    from rich.progress import Progress
 
 PLAIN_SECONDS = 10.0
 """Between two lines, where the output is no terminal."""
@@ -69,13 +68,44 @@ def display(total: int, stream: TextIO, *, live: bool | None = None) -> Display:
     return PlainDisplay(total, stream)
 
 
+class _Progress:
+    """How far a run is, from what its workers report and from what is left in the database."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.completed = 0
+        self.tally = Tally()
+        self._began = 0.0
+
+    def update(self, remaining: int, tallies: Iterable[Tally]) -> None:
+        self.tally = Tally()
+        for tally in tallies:
+            self.tally.add(tally)
+        # The database is asked now and then, and knows of other runs; the workers are heard at once.
+        self.completed = min(max(self.total - remaining, self.tally.processed, self.completed), self.total)
+        if not self._began and self.tally.processed:
+            self._began = time.monotonic()
+            self._before = self.tally.processed
+
+    @property
+    def rate(self) -> float:
+        """Items a second since the first ones came: loading the model is no part of it."""
+        if not self._began:
+            return 0.0
+        return (self.tally.processed - self._before) / max(time.monotonic() - self._began, 1e-3)
+
+    @property
+    def seconds_left(self) -> float | None:
+        return (self.total - self.completed) / self.rate if self.rate else None
+
+
 class PlainDisplay:
     """A line every few seconds: for logs, pipes and CI."""
 
     def __init__(self, total: int, stream: TextIO) -> None:
-        self._total = total
+        self._progress = _Progress(total)
         self._stream = stream
-        self._start = self._last = time.monotonic()
+        self._last = time.monotonic()
 
     def __enter__(self) -> PlainDisplay:
         return self
@@ -93,13 +123,12 @@ class PlainDisplay:
         if now - self._last < PLAIN_SECONDS:
             return
         self._last = now
-        tally = _sum(tallies)
-        rate = tally.processed / (now - self._start)
-        left = f", about {duration(remaining / rate)} left" if rate > 0 and remaining else ""
+        at = self._progress
+        at.update(remaining, tallies)
+        left = f", about {duration(at.seconds_left)} left" if at.seconds_left else ""
         self.say(
-            f"{self._total - remaining:,} of {self._total:,} ({_percent(self._total - remaining, self._total)}); "
-            f"this run: {tally.done:,} done, {tally.skipped.total():,} skipped, {tally.failed.total():,} failed, "
-            f"{rate:,.1f}/s{left}"
+            f"{at.completed:,} of {at.total:,} ({100 * at.completed // at.total}%); this run: {at.tally.done:,} done, "
+            f"{at.tally.skipped.total():,} skipped, {at.tally.failed.total():,} failed, {at.rate:,.1f}/s{left}"
         )
 
 
@@ -110,19 +139,18 @@ class LiveDisplay:
         # Here and not above: rich takes longer to import than `embstore --help` may take.
         from rich.console import Console
         from rich.live import Live
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-        self._total = total
-        self._start = time.monotonic()
+        self._progress = _Progress(total)
         self._tallies: list[Tally] = []
-        self._bar: Progress = _progress(
-            TextColumn("[progress.percentage]{task.percentage:>3.0f}%"),
+        self._bar = Progress(
+            TextColumn("{task.percentage:>3.0f}%"),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}/s"),
-            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[speed]}"),
+            expand=True,
         )
-        self._task = self._bar.add_task("", total=total, rate="0")
+        self._task = self._bar.add_task("", total=total, speed="loading the model")
         self._live = Live(console=Console(file=stream), get_renderable=self._render, refresh_per_second=4)
 
     def __enter__(self) -> LiveDisplay:
@@ -139,8 +167,13 @@ class LiveDisplay:
     def update(self, remaining: int, tallies: Iterable[Tally]) -> None:
         """Set what the next refresh shows."""
         self._tallies = list(tallies)
-        rate = _sum(self._tallies).processed / max(time.monotonic() - self._start, 1e-9)
-        self._bar.update(self._task, completed=self._total - remaining, rate=f"{rate:,.1f}")
+        at = self._progress
+        at.update(remaining, self._tallies)
+        speed = "loading the model"
+        if at.tally.processed:
+            left = f", {duration(at.seconds_left)} left" if at.seconds_left else ""
+            speed = f"{at.rate:,.1f}/s{left}"
+        self._bar.update(self._task, completed=at.completed, speed=speed)
 
     def _render(self) -> RenderableType:
         from rich.console import Group
@@ -189,20 +222,3 @@ def _reasons(counts: Counter[str]) -> str:
     if not counts:
         return "0"
     return f"{counts.total():,} ({', '.join(f'{code} {n:,}' for code, n in counts.most_common())})"
-
-
-def _sum(tallies: Iterable[Tally]) -> Tally:
-    total = Tally()
-    for tally in tallies:
-        total.add(tally)
-    return total
-
-
-def _percent(part: int, whole: int) -> str:
-    return f"{100 * part / whole:.0f}%" if whole else "100%"
-
-
-def _progress(*columns: Any) -> Progress:
-    from rich.progress import Progress
-
-    return Progress(*columns, expand=True)

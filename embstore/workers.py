@@ -89,6 +89,8 @@ class _Worker:
     process: SpawnProcess
     pipe: Connection
     failure: _Failure | None = None
+    spoke: bool = False
+    """Before its first message a worker is still loading, and has nothing to lose."""
 
 
 class Crew:
@@ -169,6 +171,7 @@ class Crew:
         with contextlib.suppress(EOFError, OSError):
             while worker.pipe.poll():
                 message = worker.pipe.recv()
+                worker.spoke = True
                 if isinstance(message, _Failure):
                     worker.failure = message
                 elif self._on_message(worker.index, message):
@@ -211,6 +214,8 @@ class Crew:
     def _stop(self) -> None:
         self._stopping = True
         for worker in self._workers.values():
+            if not worker.spoke:
+                worker.process.kill()
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 worker.pipe.send("stop")
 

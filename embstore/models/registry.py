@@ -1,0 +1,62 @@
+"""Find a model by name among those that installed packages offer (entry-point group `embstore.models`)."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from importlib.metadata import EntryPoint, entry_points
+
+from embstore.errors import EmbstoreError, ModelError, UsageError
+from embstore.models.base import Recipe
+
+GROUP = "embstore.models"
+
+
+def available() -> dict[str, EntryPoint]:
+    """The families of models that are installed, by name in alphabetical order; nothing is imported.
+
+    Raises ModelError if two packages offer the same name.
+    """
+    found: dict[str, EntryPoint] = {}
+    for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
+        other = found.setdefault(entry.name, entry)
+        if other.value != entry.value:
+            raise ModelError(
+                f"model {entry.name}: two packages offer it, {_package(other)} and {_package(entry)}; uninstall one"
+            )
+    return found
+
+
+def find(name: str, options: Mapping[str, str]) -> Recipe:
+    """The recipe of the model `family` or `family:variant`, where the variant is an option too.
+
+    Raises ModelError if there is none or its package is broken, UsageError for options it does not know.
+    """
+    family, colon, variant = name.partition(":")
+    entry = available().get(family)
+    if entry is None:
+        raise ModelError(_unknown(family))
+    if colon and "variant" in options:
+        raise UsageError(f"model {name}: the variant is given twice, in the name and as an option; leave one out")
+    try:
+        recipe = entry.load()
+        found: Recipe = recipe({**options, "variant": variant} if colon else dict(options))
+    except EmbstoreError:
+        raise
+    # A stranger's code runs here, and may raise anything.
+    except Exception as error:
+        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ModelError(f"model {family}: package {_package(entry)} can't be used: {cause}") from error
+    return found
+
+
+def _package(entry: EntryPoint) -> str:
+    return entry.dist.name if entry.dist else entry.value
+
+
+def _unknown(family: str) -> str:
+    """What to say of a name that nobody offers."""
+    known = list(available())
+    near = difflib.get_close_matches(family, known, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    return f"there is no model {family!r}.{hint} Installed: {', '.join(known) or 'none'}"
