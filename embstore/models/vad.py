@@ -25,7 +25,7 @@ _INT16_MAX = 32767
 
 def raise_volume(samples: NDArray[np.float32]) -> NDArray[np.float32]:
     """Audio [n] amplified to an RMS of -30 dBFS; louder audio as it is, and digital silence too."""
-    power = float(np.mean(np.square(samples, dtype=np.float64)))
+    power = float(np.mean(np.square(samples), dtype=np.float64))
     target = 10 ** (TARGET_DBFS / 10)
     if power == 0 or power >= target:
         return samples
@@ -44,8 +44,9 @@ def keep_speech(samples: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def _decide(samples: NDArray[np.float32]) -> NDArray[np.bool_]:
     """WebRTC's decision for every window."""
+    scaled = np.round(samples * np.float32(_INT16_MAX))
     # Resampling overshoots full scale a little; without the clip a peak would wrap around to the other sign.
-    pcm = memoryview(np.clip(np.round(samples * _INT16_MAX), -_INT16_MAX - 1, _INT16_MAX).astype("<i2").tobytes())
+    pcm = np.clip(scaled, -_INT16_MAX - 1, _INT16_MAX, out=scaled).astype(np.int16).data.cast("B")
     size = 2 * WINDOW
     is_speech = webrtcvad.Vad(AGGRESSIVENESS).is_speech
     return np.fromiter((is_speech(pcm[i : i + size], SAMPLE_RATE) for i in range(0, len(pcm), size)), np.bool_)

@@ -70,6 +70,8 @@ def _is_folder(path: Path) -> bool:
 def _not_accepted(path: Path, wanted: frozenset[str]) -> str:
     if path.suffix.lower() in wanted:
         return f"'{path}' is a single file; give its folder, '{path.parent}', or a manifest that lists it"
+    if path.name == "wav.scp":
+        return f"'{path}' is part of a Kaldi data folder; give the Kaldi folder that holds it, '{path.parent}'"
     return f"'{path}' is neither a folder nor a manifest ({' '.join(ENDINGS)}, or one of these with .gz)"
 
 
@@ -86,10 +88,8 @@ def _open_manifest(path: Path, root: Path | None, rule: SpeakerRule | None) -> M
     else:
         real = _root(root)
         under = Under(real, folder if folder.is_relative_to(real) else real, [Path(os.path.abspath(root))])  # noqa: PTH100
-    name = path.name.lower().removesuffix(".gz")
-    return ManifestSource(
-        root=under.root, name=_name(path.name[: len(Path(name).stem)]), manifest=path, under=under, speaker_of=rule
-    )
+    plain = path.with_suffix("") if path.suffix.lower() == ".gz" else path
+    return ManifestSource(root=under.root, name=_name(plain.stem), manifest=path, under=under, speaker_of=rule)
 
 
 def _open_kaldi(path: Path, root: Path | None, rule: SpeakerRule | None) -> KaldiSource:
