@@ -1,0 +1,51 @@
+"""Every query of docs/sql.md runs on the sample speech, and says what the page says it says."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from sqlalchemy import text
+
+from embstore.cli.main import embstore
+from embstore.db.engine import Database
+
+ROOT = Path(__file__).parents[2]
+QUERIES = re.findall(r"```sql\n-- ([^\n]+)\n(.*?)```", (ROOT / "docs" / "sql.md").read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.fixture
+def filled(database: Database, database_url: str) -> Iterator[Database]:
+    """The sample speech, embedded by the command."""
+    arguments = ["extract", str(ROOT / "examples" / "speech"), "--database-url", database_url]
+    result = CliRunner().invoke(embstore, arguments)
+    assert result.exit_code == 0, result.output
+    yield database
+
+
+def test_every_query_of_the_page_runs(filled: Database) -> None:
+    assert len(QUERIES) == len(re.findall("```sql", (ROOT / "docs" / "sql.md").read_text(encoding="utf-8"))) >= 8
+    answers: dict[str, list[Any]] = {}
+    for title, sql in QUERIES:
+        with filled.begin() as connection:
+            connection.execute(text('SET LOCAL search_path = "$user", public, embstore'))
+            answers[title] = list(connection.exec_driver_sql(sql).all())
+    speakers = sorted(folder.name for folder in (ROOT / "examples" / "speech").iterdir() if folder.is_dir())
+    files = len(list((ROOT / "examples" / "speech").rglob("*.mp3")))
+
+    nearest = answers["the five utterances that sound most like this one"]
+    assert len(nearest) == 5
+    assert nearest[0].cosine == max(row.cosine for row in nearest)
+    same = answers["how often an utterance's nearest neighbour is of the same speaker"][0]
+    assert same.utterances == files
+    assert same.same_speaker > 0.9
+    assert sorted(row.speaker for row in answers["speakers by number of utterances"]) == speakers
+    assert [tuple(row) for row in answers["how far everything is"]] == [("speech", "resemblyzer", "done", files)]
+    assert answers["why items have no vector"] == []
+    assert answers["items that a model has not embedded"] == []
+    steps = answers["how alike each utterance is to the one before it: low where the speaker changes"]
+    assert [row.position for row in steps] == list(range(files))
