@@ -177,6 +177,7 @@ class LiveDisplay:
 
     def _render(self) -> RenderableType:
         from rich.console import Group
+        from rich.padding import Padding
         from rich.table import Table
 
         table = Table(box=None, pad_edge=False, header_style="dim")
@@ -187,7 +188,8 @@ class LiveDisplay:
             table.add_row(
                 str(index), f"{tally.done:,}", f"{tally.skipped.total():,}", f"[red]{failed:,}[/]" if failed else "0"
             )
-        return Group(table, self._bar)
+        # Room at the right: the terminal's own "^C" must not wrap, which would shift everything by a line.
+        return Group(table, Padding(self._bar, (0, 4, 0, 0)))
 
 
 def summary(tally: Tally, seconds: float) -> str:

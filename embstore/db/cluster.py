@@ -9,6 +9,7 @@ import fcntl
 import importlib.metadata
 import importlib.util
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -129,7 +130,7 @@ def make_socket_folder(home: Home, account: Account) -> None:
         folder.mkdir(mode=0o700)
     found = folder.lstat()  # not through a link: in /tmp anybody can have put one there
     if stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() != account.uid:
-        os.chown(folder, account.uid, account.gid)
+        os.chown(folder, account.uid, account.gid, follow_symlinks=False)
         found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != account.uid or found.st_mode & 0o077:
         raise DatabaseUnavailable(
@@ -146,7 +147,7 @@ def make_data(home: Home, account: Account, binaries: Path, server_lock: int) ->
         shutil.rmtree(leftover, ignore_errors=True)
     unfinished = Path(tempfile.mkdtemp(prefix=".init-", dir=home.folder))
     try:
-        os.chown(unfinished, account.uid, account.gid)
+        os.chown(unfinished, account.uid, account.gid, follow_symlinks=False)
         initdb: list[str | Path] = [binaries / "initdb", "-D", unfinished, "-U", ROLE, "--encoding=UTF8", "--locale=C"]
         initdb += ["--locale-provider=builtin", "--builtin-locale=C.UTF-8", "--no-instructions"]
         # Trust is enough on the socket: its folder is 0700, so only the account and root get that far.
@@ -291,4 +292,4 @@ def reason(home: Home, log_start: int) -> str:
         lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
     fatal = [line for line in lines if "FATAL:" in line or "PANIC:" in line]
     line = (fatal or lines or ["it ended without a word"])[-1]
-    return line.partition("FATAL:")[2].strip() or line.strip()
+    return re.split("(?:FATAL|PANIC): +", line)[-1].strip()

@@ -13,6 +13,7 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import DBAPIError
 
 from embstore.db import embedded
+from embstore.db.address import masked
 from embstore.errors import DatabaseError, DatabaseUnavailable
 from embstore.settings import Settings
 
@@ -58,7 +59,7 @@ class Database:
     def __str__(self) -> str:
         if self._settings.database_url is None:
             return f"the embedded server in '{self._settings.home}'"
-        return f"'{make_url(self._settings.database_url).render_as_string(hide_password=True)}'"
+        return f"'{masked(make_url(self._settings.database_url))}'"
 
     @contextmanager
     def begin(self) -> Iterator[Connection]:

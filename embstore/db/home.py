@@ -134,7 +134,8 @@ class Home:
         Returns a descriptor that no program started from here inherits. Raises UsageError.
         """
         try:
-            descriptor = os.open(path, flags | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            # Never through a link: under root the owner of the home could have us give away any file of the machine.
+            descriptor = os.open(path, flags | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         except OSError as error:
             raise UsageError(
                 f"cannot open {path}: {error.strerror}; run embstore as the owner of {self.folder}, "

@@ -124,7 +124,7 @@ def _queue_columns() -> list[Column[Any]]:
     """What makes a table a queue; `embstore.queue` works on any table that has them."""
     return [
         Column("status", Text, nullable=False, server_default="pending"),
-        Column("attempts", SmallInteger, nullable=False, server_default="0", comment="counted when claimed"),
+        Column("attempts", SmallInteger, nullable=False, server_default=text("0"), comment="counted when claimed"),
         Column("claim_token", BigInteger, comment="lease of the worker that has it, or that finished it"),
         Column("error_code", Text),
         Column("error", Text),
