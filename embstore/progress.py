@@ -119,12 +119,12 @@ class PlainDisplay:
 
     def update(self, remaining: int, tallies: Iterable[Tally]) -> None:
         """Print a line if the last one is long enough ago."""
+        at = self._progress
+        at.update(remaining, tallies)
         now = time.monotonic()
         if now - self._last < PLAIN_SECONDS:
             return
         self._last = now
-        at = self._progress
-        at.update(remaining, tallies)
         left = f", about {duration(at.seconds_left)} left" if at.seconds_left else ""
         self.say(
             f"{at.completed:,} of {at.total:,} ({100 * at.completed // at.total}%); this run: {at.tally.done:,} done, "
@@ -151,7 +151,8 @@ class LiveDisplay:
             expand=True,
         )
         self._task = self._bar.add_task("", total=total, speed="loading the model")
-        self._live = Live(console=Console(file=stream), get_renderable=self._render, refresh_per_second=4)
+        self._console = Console(file=stream)
+        self._live = Live(console=self._console, get_renderable=self._render, refresh_per_second=4)
 
     def __enter__(self) -> LiveDisplay:
         self._live.start()
@@ -162,7 +163,7 @@ class LiveDisplay:
 
     def say(self, line: str) -> None:
         """Print a line above the bar."""
-        self._live.console.print(line, markup=False, highlight=False)
+        self._console.print(line, markup=False, highlight=False)
 
     def update(self, remaining: int, tallies: Iterable[Tally]) -> None:
         """Set what the next refresh shows."""
@@ -177,7 +178,7 @@ class LiveDisplay:
 
     def _render(self) -> RenderableType:
         from rich.console import Group
-        from rich.padding import Padding
+        from rich.constrain import Constrain
         from rich.table import Table
 
         table = Table(box=None, pad_edge=False, header_style="dim")
@@ -189,7 +190,7 @@ class LiveDisplay:
                 str(index), f"{tally.done:,}", f"{tally.skipped.total():,}", f"[red]{failed:,}[/]" if failed else "0"
             )
         # Room at the right: the terminal's own "^C" must not wrap, which would shift everything by a line.
-        return Group(table, Padding(self._bar, (0, 4, 0, 0)))
+        return Constrain(Group(table, self._bar), self._console.width - 4)
 
 
 def summary(tally: Tally, seconds: float) -> str:
