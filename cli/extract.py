@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,14 @@ from embstore.db.migrate import require_ready
 from embstore.errors import UsageError
 from embstore.extract import devices, run
 from embstore.extract.devices import Plan
-from embstore.extract.run import Outcome
 from embstore.media.audio import EXTENSIONS
 from embstore.models.base import Recipe
 from embstore.models.registry import find
-from embstore.progress import display, summary
+from embstore.progress import Display, display, summary
 from embstore.register import Registered
 from embstore.settings import Settings, load
 from embstore.sources import SPEAKER_FROM_CHOICES, Source, open_source
+from embstore.supervise import Outcome, check_connections
 
 from .main import INTERRUPTED
 from .options import database_options, opened
@@ -90,7 +91,7 @@ def extract(
     """
     settings = load(database_url=database_url, home=home, embedding_workers=workers, embedding_model=model)
     plan = devices.plan(settings.embedding_workers, gpus)
-    run.check_connections(settings, len(plan.devices))
+    check_connections(settings, len(plan.devices))
     source = None
     if path is not None:
         source = open_source(path, extensions=EXTENSIONS, speaker_from=speaker_from, root=root)
@@ -150,7 +151,7 @@ def _extract_all(
             recipe,
             datasets,
             plan,
-            show=lambda pending, recipe=recipe: say.start(pending, recipe, plan),
+            show=partial(say.start, recipe, plan),
             parameters=parameters,
         )
         say.outcome(recipe, outcome)
@@ -190,7 +191,7 @@ class _Speaker:
             self.line("nothing is pending")
         self.line("dry run: nothing was registered" if new else "dry run: nothing was done")
 
-    def start(self, pending: int, recipe: Recipe, plan: Plan) -> Any:
+    def start(self, recipe: Recipe, plan: Plan, pending: int) -> Display:
         self.line(f"embedding {pending:,} items by {recipe.name} on {_devices(plan)}")
         return display(pending, sys.stderr)
 
@@ -211,11 +212,7 @@ class _Speaker:
     def as_json(recipe: Recipe, outcome: Outcome) -> dict[str, Any]:
         return {
             "model": recipe.name,
-            "interrupted": outcome.interrupted,
-            "seconds": round(outcome.seconds, 3),
-            **outcome.tally.as_dict(),
-            "workers": [tally.as_dict() for tally in outcome.workers],
-            "datasets": outcome.statuses,
+            **outcome.as_dict(),
         }
 
 

@@ -95,10 +95,12 @@ def ensure_model(connection: Connection, recipe: Recipe) -> int:
         "fingerprint": fingerprint,
         "settings": json.dumps(dict(recipe.settings)),
     }
+    # NOT EXISTS: a conflict alone would use up one of the 32,767 numbers that a smallint has, in every run.
     model_id = connection.execute(
         text(
             "INSERT INTO embstore.model (name, media, dim, fingerprint, settings)"
-            " VALUES (:name, :media, :dim, :fingerprint, CAST(:settings AS jsonb))"
+            " SELECT :name, :media, :dim, :fingerprint, CAST(:settings AS jsonb)"
+            " WHERE NOT EXISTS (SELECT FROM embstore.model WHERE name = :name)"
             " ON CONFLICT (name) DO NOTHING RETURNING model_id"
         ),
         values,
@@ -126,28 +128,6 @@ def items(connection: Connection, dataset_id: int, item_ids: Sequence[int]) -> l
         {"dataset_id": dataset_id, "item_ids": list(item_ids)},
     )
     return [ItemRow(*row) for row in rows]
-
-
-def counts(connection: Connection, dataset_id: int, model_id: int) -> dict[str, int]:
-    """Number of extractions by status."""
-    rows = connection.execute(
-        text(
-            "SELECT status, count(*) FROM embstore.extraction"
-            " WHERE dataset_id = :dataset_id AND model_id = :model_id GROUP BY status"
-        ),
-        {"dataset_id": dataset_id, "model_id": model_id},
-    )
-    return {status: int(number) for status, number in rows}
-
-
-def remaining(connection: Connection, scopes: Sequence[Mapping[str, int]]) -> int:
-    """How many extractions are still pending or running, by the partial indexes: cheap at any size of the table."""
-    sql = text(
-        "SELECT count(*) FILTER (WHERE status = 'pending') + count(*) FILTER (WHERE status = 'running')"
-        " FROM embstore.extraction WHERE dataset_id = :dataset_id AND model_id = :model_id"
-        " AND status IN ('pending', 'running')"
-    )
-    return sum(int(connection.execute(sql, dict(scope)).scalar_one()) for scope in scopes)
 
 
 def open_work(connection: Connection) -> list[OpenWork]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
+import psycopg2
 from sqlalchemy import Connection, text
 
 from embstore.db.copy import PIECE
@@ -67,15 +68,16 @@ FROM difference d WHERE i.dataset_id = :dataset_id AND i.item_id = d.item_id AND
     AND (i.position <> d.position OR i.vanished_at IS NULL)
 """
 
-# A changed file's old vector goes with the old status, in one transaction: never a vector without `done`.
-_FORGET_VECTORS = """
-DELETE FROM embstore.embedding e USING difference d
-WHERE d.is_changed AND e.dataset_id = :dataset_id AND e.item_id = d.item_id
-"""
+# A changed file's old vector goes with the old status, in one transaction: never a vector without `done`. The status
+# goes first: that waits for a worker which is just writing the vector, and then fences it off.
 _START_OVER = """
 UPDATE embstore.extraction x SET status = 'pending', attempts = 0, claim_token = NULL, error_code = NULL, error = NULL,
     finished_at = NULL
 FROM difference d WHERE d.is_changed AND x.dataset_id = :dataset_id AND x.item_id = d.item_id
+"""
+_FORGET_VECTORS = """
+DELETE FROM embstore.embedding e USING difference d
+WHERE d.is_changed AND e.dataset_id = :dataset_id AND e.item_id = d.item_id
 """
 
 _ENQUEUE = """
@@ -116,7 +118,7 @@ def register(connection: Connection, dataset_id: int, entries: Iterable[Entry], 
     connection.execute(text(_DIFFERENCE), {**values, "present": found})
     count = connection.execute(text(_COUNT)).one()
     if not dry_run:
-        for sql in (_FORGET_VECTORS, _START_OVER, _UPDATE, _VANISH, _INSERT):
+        for sql in (_START_OVER, _FORGET_VECTORS, _UPDATE, _VANISH, _INSERT):
             connection.execute(text(sql), values)
     connection.execute(text("DROP TABLE scan, difference"))
     return Registered(found, count.new, count.changed, count.vanished, count.vanished_before)
@@ -136,8 +138,14 @@ def _copy(connection: Connection, entries: Iterable[Entry]) -> int:
     lines = _Lines(entries)
     driver = connection.connection.driver_connection
     assert driver is not None
-    with driver.cursor() as cursor:
-        cursor.copy_expert("COPY scan FROM STDIN", lines, size=PIECE)
+    try:
+        with driver.cursor() as cursor:
+            cursor.copy_expert("COPY scan FROM STDIN", lines, size=PIECE)
+    except psycopg2.Error:
+        # psycopg2 makes an error of the server out of whatever happens in `read`, a Ctrl+C included.
+        if lines.error is not None:
+            raise lines.error from None
+        raise
     return lines.count
 
 
@@ -147,10 +155,15 @@ class _Lines:
     def __init__(self, entries: Iterable[Entry]) -> None:
         self._entries = iter(entries)
         self.count = 0
+        self.error: BaseException | None = None
 
     def read(self, _size: int = -1) -> str:
         """The next few thousand lines; psycopg2 takes pieces of any length. Empty at the end."""
-        return "".join(self._next_lines(2000))
+        try:
+            return "".join(self._next_lines(2000))
+        except BaseException as error:
+            self.error = error
+            raise
 
     def _next_lines(self, limit: int) -> Iterator[str]:
         for entry in islice(self._entries, limit):

@@ -31,7 +31,7 @@ WITH registered AS (
         AND (CAST(:model_id AS smallint) IS NULL OR model_id = :model_id)
     GROUP BY 1, 2, 3, 4, 5
 )
-SELECT d.dataset_id, d.name AS dataset, d.source, m.name AS model, coalesce(r.items, 0) AS registered,
+SELECT d.name AS dataset, m.name AS model, coalesce(r.items, 0) AS registered,
     c.status, c.error_code, coalesce(c.abandoned, false) AS abandoned, coalesce(c.items, 0) AS items
 FROM embstore.dataset d
 LEFT JOIN registered r USING (dataset_id)
@@ -65,7 +65,7 @@ _REASONS = f"SELECT e.status, e.error_code, count(*) {_REFUSED} GROUP BY 1, 2 OR
 _SCOPES = f"SELECT DISTINCT e.dataset_id, e.model_id {_REFUSED} ORDER BY 1, 2"
 
 _DATASETS = """
-SELECT d.name, d.media, d.root, d.source, coalesce(i.items, 0), coalesce(i.speakers, 0), coalesce(i.vanished, 0)
+SELECT d.name, d.media, d.root, coalesce(i.items, 0), coalesce(i.speakers, 0), coalesce(i.vanished, 0)
 FROM embstore.dataset d
 LEFT JOIN (
     SELECT dataset_id, count(*) AS items, count(DISTINCT speaker) AS speakers, count(vanished_at) AS vanished
@@ -94,7 +94,6 @@ class Progress:
     """How far a dataset is with a model: done + failed + skipped + pending + running = registered."""
 
     dataset: str
-    source: str
     model: str | None
     """None: the dataset has items, but no model was asked to embed them yet."""
     registered: int
@@ -105,7 +104,7 @@ class Progress:
     """To be embedded, those that are not queued included."""
     running: int
     unqueued: int
-    """Of the pending: came with another model's run, so that this model's next run on the source queues them."""
+    """Of the pending: registered for another model; naming dataset and model to `extract` queues them."""
     abandoned: int
     """Of the running: left by a worker that is gone; the next run takes them over."""
     reasons: tuple[Reason, ...]
@@ -141,7 +140,6 @@ class DatasetSummary(NamedTuple):
     name: str
     media: str
     root: str
-    source: str
     items: int
     speakers: int
     vanished: int
@@ -173,11 +171,11 @@ class Refused(NamedTuple):
 def progress(connection: Connection, dataset_id: int | None = None, model_id: int | None = None) -> list[Progress]:
     """How far each dataset is with each model that has worked on it, by name."""
     rows = connection.execute(text(_PROGRESS), {"dataset_id": dataset_id, "model_id": model_id})
-    by_scope = groupby(rows, key=lambda row: (row.dataset, row.source, row.model, row.registered))
+    by_scope = groupby(rows, key=lambda row: (row.dataset, row.model, row.registered))
     return [_summed(*scope, list(group)) for scope, group in by_scope]
 
 
-def _summed(dataset: str, source: str, model: str | None, registered: int, rows: Iterable[Row[Any]]) -> Progress:
+def _summed(dataset: str, model: str | None, registered: int, rows: Iterable[Row[Any]]) -> Progress:
     counts = dict.fromkeys(("done", "failed", "skipped", "pending", "running"), 0)
     reasons, abandoned = [], 0
     for row in rows:
@@ -190,7 +188,7 @@ def _summed(dataset: str, source: str, model: str | None, registered: int, rows:
     unqueued = registered - sum(counts.values())
     counts["pending"] += unqueued
     return Progress(
-        dataset, source, model, registered, **counts, unqueued=unqueued, abandoned=abandoned, reasons=tuple(reasons)
+        dataset, model, registered, **counts, unqueued=unqueued, abandoned=abandoned, reasons=tuple(reasons)
     )
 
 

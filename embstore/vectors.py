@@ -43,7 +43,7 @@ def create_partition(connection: Connection, model_id: int, model: str, dim: int
     """Make the place for a new model's vectors, and the view on it."""
     storage = "PLAIN" if dim <= _PLAIN_UP_TO else "EXTERNAL"
     view = view_name(model)
-    if connection.execute(text("SELECT to_regclass(:view)"), {"view": f"embstore.{view}"}).scalar() is not None:
+    while connection.execute(text("SELECT to_regclass(:view)"), {"view": f"embstore.{view}"}).scalar() is not None:
         view = f"{view}_{model_id}"
     connection.execute(text(_PARTITION.format(id=model_id, dim=dim, storage=storage)))
     connection.execute(text(_VIEW.format(id=model_id, dim=dim, view=view)))

@@ -59,7 +59,9 @@ class Channel:
     def listen(self) -> None:
         """Set `stopping` when told so or when the parent is gone; runs in a thread of its own."""
         try:
-            self._pipe.recv()
+            while True:
+                self._pipe.recv()
+                self.stopping.set()
         except (EOFError, OSError):
             timer = threading.Timer(ORPHAN_SECONDS, os._exit, args=(1,))
             timer.daemon = True

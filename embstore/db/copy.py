@@ -38,10 +38,10 @@ def copy_vectors(
 def encode(keys: Mapping[str, NDArray[np.integer]], vectors: NDArray[np.float32]) -> io.BytesIO:
     """Rows in PostgreSQL's binary form: the integer keys, each [n], then the vector [n, dim]."""
     count, dim = vectors.shape
-    fields: list[tuple[str, str] | tuple[str, str, int]] = [("fields", ">i2")]
+    fields: list[tuple[str, str] | tuple[str, str, tuple[int]]] = [("fields", ">i2")]
     for name, column in keys.items():
         fields += [(f"{name}_length", ">i4"), (name, f">i{column.dtype.itemsize}")]
-    fields += [("length", ">i4"), ("dim", ">i2"), ("unused", ">i2"), ("vector", ">f4", dim)]
+    fields += [("length", ">i4"), ("dim", ">i2"), ("unused", ">i2"), ("vector", ">f4", (dim,))]
     rows = np.zeros(count, dtype=fields)
     rows["fields"] = len(keys) + 1
     for name, column in keys.items():

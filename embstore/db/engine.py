@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ _CONNECT_ARGS = {
     "keepalives_count": 4,
     "tcp_user_timeout": 40_000,
     "application_name": "embstore",
+    "client_encoding": "utf8",  # PGCLIENTENCODING may ask for one that does not hold every name
 }
 
 _SERVER_GOES_AWAY = {"57P01", "57P02", "57P03", "08000", "08001", "08003", "08006", "53300"}
@@ -43,6 +45,7 @@ class Database:
         self._settings = settings
         self._pool_size = pool_size
         self._engine: Engine | None = None
+        self._making = threading.Lock()
 
     @property
     def embedded(self) -> bool:
@@ -91,20 +94,22 @@ class Database:
 
     def close(self) -> None:
         """Close all connections; the next use opens new ones."""
-        if self._engine is not None:
-            self._engine.dispose()
-            self._engine = None
+        with self._making:
+            engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.dispose()
 
     def _get_engine(self) -> Engine:
-        if self._engine is None:
-            self._engine = create_engine(
-                self.url,
-                pool_size=self._pool_size,
-                max_overflow=0,
-                pool_pre_ping=True,
-                connect_args=_CONNECT_ARGS,
-            )
-        return self._engine
+        with self._making:  # two pools would be twice the connections
+            if self._engine is None:
+                self._engine = create_engine(
+                    self.url,
+                    pool_size=self._pool_size,
+                    max_overflow=0,
+                    pool_pre_ping=True,
+                    connect_args=_CONNECT_ARGS,
+                )
+            return self._engine
 
     def _translate(self, error: Exception) -> DatabaseError:
         if isinstance(error, DatabaseError):

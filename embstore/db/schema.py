@@ -16,6 +16,7 @@ from typing import Any
 
 from pgvector.sqlalchemy import Vector
 from sqlalchemy import (
+    REAL,
     BigInteger,
     CheckConstraint,
     Column,
@@ -37,7 +38,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import JSONB
 
 SCHEMA = "embstore"
-HEAD = "0001"
+HEAD = "0002"
 """The newest migration. Revisions are numbered, so that older and newer can be told apart without loading Alembic."""
 
 MINIMUM_SERVER = 16
@@ -172,3 +173,44 @@ embedding = Table(
     postgresql_partition_by="LIST (model_id)",
 )
 """Partitioned by model: `embstore.vectors` makes one partition for each, where the dimension is checked."""
+
+speaker_change = Table(
+    "speaker_change",
+    metadata,
+    Column("change_id", BigInteger, Identity(always=True), nullable=False),
+    Column("dataset_id", Integer, nullable=False),
+    Column("model_id", SmallInteger, nullable=False),
+    Column("speaker", Text, nullable=False),
+    PrimaryKeyConstraint("dataset_id", "model_id", "change_id"),
+    comment="speakers whose utterances changed since their centroid was last considered",
+)
+"""Appended to by triggers, in the transaction of the change; emptied when centroids are brought up to date."""
+
+centroid = Table(
+    "centroid",
+    metadata,
+    Column("dataset_id", Integer, nullable=False),
+    Column("model_id", SmallInteger, nullable=False),
+    Column("centroid_id", BigInteger, Identity(always=True), nullable=False),
+    Column("speaker", Text, nullable=False),
+    *_queue_columns(),
+    Column("average", Text, CheckConstraint("average IN ('mean', 'unit')", name="centroid_average")),
+    Column("embedding", Vector()),
+    Column("num_utterances", Integer),
+    Column("cohesion", REAL, comment="mean cosine of the utterances to the centroid"),
+    Column("lowest_item_id", BigInteger, comment="the utterance that is least like the centroid"),
+    Column("lowest_cosine", REAL),
+    Column("run_id", Integer),
+    PrimaryKeyConstraint("dataset_id", "model_id", "centroid_id"),
+    UniqueConstraint("dataset_id", "model_id", "speaker", name="centroid_speaker"),
+    CheckConstraint(f"status IN {STATUSES}", name="centroid_status"),
+    CheckConstraint("(error_code IS NOT NULL) = (status IN ('failed', 'skipped'))", name="centroid_reason"),
+)
+for _status in ("pending", "running"):
+    Index(
+        f"centroid_{_status}",
+        centroid.c.dataset_id,
+        centroid.c.model_id,
+        centroid.c.centroid_id,
+        postgresql_where=text(f"status = '{_status}'"),
+    )

@@ -15,15 +15,15 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from sqlalchemy import Connection
 
 from embstore import catalog, vectors
 from embstore.catalog import ItemRow
+from embstore.claims import Claimant
 from embstore.db.engine import Database
 from embstore.errors import ItemError
 from embstore.extract.batching import Outcome
 from embstore.progress import Tally
-from embstore.queue import LEASE_SECONDS, Queue, Refusal, end_lease, renew_lease, take_lease
+from embstore.queue import LEASE_SECONDS, Queue, Refusal
 
 BATCH = 256
 """Vectors a transaction: 64 make it half as fast, 1024 no faster."""
@@ -52,18 +52,15 @@ class Ledger:
         self._submit = submit
         self._report = report
         self._stopping = stopping
-        self._lease_seconds = lease_seconds
         self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
         self._unwritten: list[Outcome] = []
         self._oldest = 0.0
         self._in_hand = 0
         self._suspects = False
-        self._after = 0
         self._not_before = 0.0
         self._rate = 0.0
         self._measured = time.monotonic()
-        self._renewed = time.monotonic()
-        self.token = database.patiently(lambda c: take_lease(c, lease_seconds))
+        self.claimant = Claimant(database, lease_seconds)
 
     def put(self, outcome: Outcome) -> None:
         """Hand in what became of an item; from any thread."""
@@ -74,10 +71,10 @@ class Ledger:
 
         When asked to stop: claims no more; returns at once, with finished items written by `close`.
         """
-        self._after = 0
+        self.claimant.start()
         self._not_before = 0.0
         while not self._stopping.is_set():
-            self.renew()
+            self.claimant.renew()
             self._collect()
             self._flush(work, now=self._in_hand == len(self._unwritten))
             if not self._claim(work) and self._in_hand == 0:
@@ -88,23 +85,13 @@ class Ledger:
         while not self._outcomes.empty():
             self._collect()
         self._flush(work, now=True)
-        self._database.patiently(lambda c: work.release(c, self.token))
+        self._database.patiently(lambda c: work.release(c, self.claimant.token))
         self._in_hand = 0
-
-    def leave(self) -> None:
-        """End the lease."""
-        self._database.patiently(lambda c: end_lease(c, self.token))
 
     def idle(self) -> None:
         """Keep the lease while there is nothing to do but to wait for others."""
-        self.renew()
+        self.claimant.renew()
         self._stopping.wait(_IDLE)
-
-    def renew(self) -> None:
-        """Renew the lease, if a quarter of it has passed."""
-        if time.monotonic() - self._renewed > self._lease_seconds / 4:
-            self._database.patiently(lambda c: renew_lease(c, self.token, self._lease_seconds))
-            self._renewed = time.monotonic()
 
     def _collect(self) -> None:
         """Take finished items over; waits a moment for the first."""
@@ -126,10 +113,10 @@ class Ledger:
         if done:
             keys = [o.key for o in done]
             matrix = np.stack([o.result for o in done if not isinstance(o.result, ItemError)])
-            self._database.patiently(lambda c: vectors.write(c, work, self.token, keys, matrix))
+            self._database.patiently(lambda c: vectors.write(c, work, self.claimant.token, keys, matrix))
         refusals = [_refusal(o.key, o.result) for o in outcomes if isinstance(o.result, ItemError)]
         if refusals:
-            self._database.patiently(lambda c: work.refuse(c, self.token, refusals))
+            self._database.patiently(lambda c: work.refuse(c, self.claimant.token, refusals))
         self._in_hand -= len(outcomes)
         self._report(work.scope["dataset_id"], _tally(outcomes))
         self._measure(len(outcomes))
@@ -146,40 +133,17 @@ class Ledger:
         ahead = int(min(max(self._rate * AHEAD_SECONDS, MIN_AHEAD), MAX_AHEAD))
         if (self._suspects and self._in_hand) or self._in_hand > ahead // 2 or time.monotonic() < self._not_before:
             return True
-        rows = self._database.patiently(lambda c: self._next(c, work, ahead - self._in_hand))
-        self._suspects = False
-        if not rows and not self._in_hand:
-            rows = self._rescue(work)
-        if rows:
-            self._in_hand += len(rows)
-            self._submit(rows)
+        claim = self.claimant.claim(work, ahead - self._in_hand, idle=not self._in_hand)
+        self._suspects = claim.suspects
+        if claim.quarantined:
+            self._report(work.scope["dataset_id"], Tally(failed=Counter(worker_died=claim.quarantined)))
+        if claim.keys:
+            dataset_id = work.scope["dataset_id"]
+            self._submit(self._database.patiently(lambda c: catalog.items(c, dataset_id, claim.keys)))
+            self._in_hand += len(claim.keys)
         else:
             self._not_before = time.monotonic() + _IDLE
-        return bool(rows)
-
-    def _next(self, connection: Connection, work: Queue, limit: int) -> list[ItemRow]:
-        keys = work.claim(connection, self.token, limit, self._after)
-        if not keys and self._after:
-            keys = work.claim(connection, self.token, limit)
-        if not keys and not self._in_hand and work.release(connection, self.token):
-            # Claimed by a transaction whose answer got lost: nobody else may have them while this lease lives.
-            keys = work.claim(connection, self.token, limit)
-        self._after = keys[-1] if keys else 0
-        return self._items(connection, work, keys)
-
-    def _rescue(self, work: Queue) -> list[ItemRow]:
-        def rescue(connection: Connection) -> tuple[list[ItemRow], int]:
-            keys, quarantined = work.rescue(connection, self.token)
-            return self._items(connection, work, keys), quarantined
-
-        rows, quarantined = self._database.patiently(rescue)
-        self._suspects = bool(rows)
-        if quarantined:
-            self._report(work.scope["dataset_id"], Tally(failed=Counter(worker_died=quarantined)))
-        return rows
-
-    def _items(self, connection: Connection, work: Queue, keys: Sequence[int]) -> list[ItemRow]:
-        return catalog.items(connection, work.scope["dataset_id"], keys) if keys else []
+        return bool(claim.keys)
 
 
 def _refusal(key: int, error: ItemError) -> Refusal:

@@ -20,9 +20,9 @@ from embstore.errors import ItemError, ItemFailed
 from embstore.extract.batching import Outcome, Ready, Waiting, embed_each
 from embstore.extract.ledger import Ledger
 from embstore.models.base import Model, Recipe
-from embstore.progress import Tally
 from embstore.queue import LEASE_SECONDS, Queue
 from embstore.settings import Settings
+from embstore.supervise import Committed, Leased
 from embstore.workers import Channel
 
 WAITING_BYTES = 512 << 20
@@ -48,21 +48,6 @@ class Job:
     device: str
     decoders: int
     lease_seconds: float = LEASE_SECONDS
-
-
-@dataclass(frozen=True)
-class Leased:
-    """A worker has taken a lease; its parent ends it if the worker dies."""
-
-    token: int
-
-
-@dataclass(frozen=True)
-class Committed:
-    """A worker has written results of a dataset."""
-
-    dataset_id: int
-    tally: Tally
 
 
 def extraction_queue(dataset_id: int, model_id: int) -> Queue:
@@ -99,7 +84,7 @@ class _Pipeline:
             self._stopping,
             job.lease_seconds,
         )
-        channel.send(Leased(self._ledger.token))
+        channel.send(Leased(self._ledger.claimant.token))
 
     def run(self) -> None:
         """Start the threads, and feed the device with what they bring."""
@@ -156,7 +141,7 @@ class _Pipeline:
                 if queues:
                     # What is left is running at other workers. They finish it, or their leases run out.
                     self._ledger.idle()
-            self._ledger.leave()
+            self._ledger.claimant.leave()
         except BaseException as error:  # noqa: BLE001 - raised again in the main thread
             self._error = error
         finally:
@@ -166,5 +151,5 @@ class _Pipeline:
         self._ledger.serve(work)
         if self._stopping.is_set():
             while not self._device_done.wait(1.0):
-                self._ledger.renew()
+                self._ledger.claimant.renew()
             self._ledger.close(work)
