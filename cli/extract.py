@@ -21,18 +21,17 @@ from embstore.extract.devices import Plan
 from embstore.media.audio import EXTENSIONS
 from embstore.models.base import Recipe
 from embstore.models.registry import find
-from embstore.progress import Display, display, summary
+from embstore.progress import Display, display
 from embstore.register import Registered
 from embstore.settings import Settings, load
 from embstore.sources import SPEAKER_FROM_CHOICES, Source, open_source
 from embstore.supervise import Outcome, check_connections
 
-from .main import INTERRUPTED
 from .options import database_options, opened
+from .outcome import exit_code, tell
 from .output import write_json
 
 DEFAULT_MODEL = "resemblyzer"
-SOME_FAILED = 1
 _PROBLEMS_SHOWN = 10
 
 Work = tuple[Recipe, list[Dataset]]
@@ -114,10 +113,8 @@ def extract(
         parameters = {"path": str(path) if path else None, "devices": list(plan.devices)}
         outcomes = _extract_all(database, settings, works, plan, parameters, say)
     if as_json:
-        write_json([say.as_json(used, outcome) for (used, _), outcome in outcomes], sys.stdout)
-    if any(outcome.interrupted for _, outcome in outcomes):
-        context.exit(INTERRUPTED)
-    context.exit(SOME_FAILED if any(outcome.failed for _, outcome in outcomes) else 0)
+        write_json([{"model": used.name, **outcome.as_dict()} for (used, _), outcome in outcomes], sys.stdout)
+    context.exit(exit_code(outcome for _, outcome in outcomes))
 
 
 def _open_works(database: Database, name: str | None, model: str | None, recipe: Recipe) -> list[Work]:
@@ -196,24 +193,9 @@ class _Speaker:
         return display(pending, sys.stderr)
 
     def outcome(self, recipe: Recipe, outcome: Outcome) -> None:
-        if outcome.tally.processed:
-            self.line(summary(outcome.tally, outcome.seconds))
-        elif not outcome.interrupted:
-            self.line("nothing to do: every item has been embedded, or has failed or been skipped before")
-        for dataset, counts in outcome.statuses.items():
-            parts = " + ".join(f"{counts.get(s, 0):,} {s}" for s in ("done", "failed", "skipped", "running", "pending"))
-            self.line(f"'{dataset}' by {recipe.name}: {parts} = {sum(counts.values()):,} registered")
-        if outcome.interrupted:
-            self.line("interrupted; nothing that was finished is lost: type 'embstore extract' to go on")
-        elif outcome.failed:
+        tell(self.line, outcome, model=recipe.name, command="extract", unit="utterances", done="embedded")
+        if outcome.failed and not outcome.interrupted:
             self.line("'embstore failures' says what failed and why, 'embstore retry' makes it pending again")
-
-    @staticmethod
-    def as_json(recipe: Recipe, outcome: Outcome) -> dict[str, Any]:
-        return {
-            "model": recipe.name,
-            **outcome.as_dict(),
-        }
 
 
 def _devices(plan: Plan) -> str:

@@ -28,6 +28,15 @@ class Dataset:
 
 
 @dataclass(frozen=True)
+class StoredModel:
+    """A model as the database knows it."""
+
+    model_id: int
+    name: str
+    dim: int
+
+
+@dataclass(frozen=True)
 class ItemRow:
     """One claimed item, as the decoder needs it: path relative to the root, stretch in seconds or None."""
 
@@ -52,7 +61,7 @@ def get_dataset(connection: Connection, name: str) -> Dataset:
     ).one_or_none()
     if row is None:
         names = connection.execute(text("SELECT name FROM embstore.dataset ORDER BY name")).scalars().all()
-        raise UsageError(f"no dataset '{name}': {_known(name, names)}")
+        raise UsageError(f"no dataset '{name}': {_known(name, names, 'datasets')}")
     return Dataset(*row)
 
 
@@ -144,6 +153,43 @@ def open_work(connection: Connection) -> list[OpenWork]:
     return [OpenWork(Dataset(*row[:4]), row[4]) for row in rows]
 
 
+def embedded(connection: Connection, dataset: str | None, model: str | None) -> list[tuple[StoredModel, list[Dataset]]]:
+    """For each model, the datasets that have extractions by it: all, or those of the given names.
+
+    Raises UsageError for an unknown dataset and ModelError for an unknown model.
+    """
+    if dataset is not None:
+        get_dataset(connection, dataset)
+    if model is not None:
+        get_model(connection, model)
+    rows = connection.execute(
+        text(
+            "SELECT m.model_id, m.name, m.dim, d.dataset_id, d.name, d.media, d.root"
+            " FROM embstore.model m CROSS JOIN embstore.dataset d"
+            " WHERE EXISTS (SELECT FROM embstore.extraction x"
+            " WHERE x.dataset_id = d.dataset_id AND x.model_id = m.model_id)"
+            " AND (CAST(:dataset AS text) IS NULL OR d.name = :dataset)"
+            " AND (CAST(:model AS text) IS NULL OR m.name = :model) ORDER BY m.model_id, d.dataset_id"
+        ),
+        {"dataset": dataset, "model": model},
+    )
+    found: dict[StoredModel, list[Dataset]] = {}
+    for row in rows:
+        found.setdefault(StoredModel(*row[:3]), []).append(Dataset(*row[3:]))
+    return list(found.items())
+
+
+def get_model(connection: Connection, name: str) -> StoredModel:
+    """Find a stored model by name. Raises ModelError that lists the names there are."""
+    row = connection.execute(
+        text("SELECT model_id, name, dim FROM embstore.model WHERE name = :name"), {"name": name}
+    ).one_or_none()
+    if row is None:
+        names = connection.execute(text("SELECT name FROM embstore.model ORDER BY name")).scalars().all()
+        raise ModelError(f"no vectors by a model '{name}': {_known(name, names, 'models')}")
+    return StoredModel(*row)
+
+
 def start_run(
     connection: Connection, command: str, dataset_id: int, model_id: int, parameters: Mapping[str, Any]
 ) -> int:
@@ -177,10 +223,10 @@ def end_run(connection: Connection, run_id: int, dataset_id: int, status: str, c
     )
 
 
-def _known(name: str, names: Sequence[str]) -> str:
+def _known(name: str, names: Sequence[str], what: str) -> str:
     near = difflib.get_close_matches(name, names, n=1)
     if near:
-        return f"did you mean '{near[0]}'? 'embstore datasets' lists all"
+        return f"did you mean '{near[0]}'? 'embstore {what}' lists all"
     return (
         "known are " + ", ".join(f"'{n}'" for n in names)
         if names

@@ -193,16 +193,16 @@ class LiveDisplay:
         return Constrain(Group(table, self._bar), self._console.width - 4)
 
 
-def summary(tally: Tally, seconds: float) -> str:
-    """The lines that end a run."""
+def summary(tally: Tally, seconds: float, *, unit: str = "utterances", done: str = "embedded") -> str:
+    """The lines that end a run: `unit` is what was counted, `done` what became of those that went well."""
     lines = [
-        f"processed {tally.processed:,} in {duration(seconds)}",
-        f"  embedded {tally.done:,}",
+        f"processed {tally.processed:,} {unit} in {duration(seconds)}",
+        f"  {done:8} {tally.done:,}",
         f"  skipped  {_reasons(tally.skipped)}",
         f"  failed   {_reasons(tally.failed)}",
     ]
     if tally.processed and seconds > 0:
-        speed = f"  {tally.processed / seconds:,.1f} utterances a second"
+        speed = f"  {tally.processed / seconds:,.1f} {unit} a second"
         if tally.audio_seconds:
             speed += f", {tally.audio_seconds / seconds:,.1f} hours of audio an hour"
         lines.append(speed)

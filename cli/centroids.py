@@ -1,0 +1,111 @@
+"""`embstore centroids`: every speaker's average embedding."""
+
+from __future__ import annotations
+
+import sys
+from typing import get_args
+
+import click
+
+from embstore import catalog, centroids
+from embstore.centroids import Average, Options
+from embstore.db.migrate import require_ready
+from embstore.extract.devices import count_cores
+from embstore.progress import Display, display
+from embstore.settings import load
+from embstore.supervise import PARENT_CONNECTIONS, Outcome, check_connections
+
+from .options import database_options, opened
+from .outcome import exit_code, tell
+from .output import write_json
+
+
+@click.command("centroids")
+@click.option("--dataset", metavar="NAME", help="Only this dataset.")
+@click.option("--model", metavar="NAME", help="Only this model's vectors.")
+@click.option(
+    "--workers",
+    metavar="N",
+    type=click.IntRange(min=1),
+    help="Worker processes.  [env: EMBEDDING_WORKERS; default: one a core, at most 4]",
+)
+@click.option(
+    "--chunk-size",
+    metavar="N",
+    type=click.IntRange(min=1),
+    help="Speakers a worker takes at a time.  [default: by size]",
+)
+@click.option(
+    "--min-utterances",
+    metavar="N",
+    type=click.IntRange(min=1),
+    default=1,
+    help="Skip speakers with fewer.  [default: 1]",
+)
+@click.option("--average", type=click.Choice(get_args(Average)), default="mean", help="See below.  [default: mean]")
+@click.option(
+    "--skip-existing/--recompute", default=True, help="Only what is new or stale, or everything.  [default: skip]"
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+@database_options
+@click.pass_context
+def command(
+    context: click.Context,
+    dataset: str | None,
+    model: str | None,
+    workers: int | None,
+    chunk_size: int | None,
+    min_utterances: int,
+    average: Average,
+    skip_existing: bool,
+    as_json: bool,
+    database_url: str | None,
+    home: str | None,
+) -> None:
+    """Average each speaker's vectors into one; stop and go on at any time.
+
+    \b
+    mean   the plain average of the vectors as they are stored
+    unit   the average of the vectors at unit length, at unit length again: every
+           utterance counts the same. Take this one for scoring by cosine.
+
+    Only speakers whose utterances changed since are computed again.
+
+    \b
+      embstore centroids
+      embstore centroids --dataset train --average unit --min-utterances 3
+      embstore sql "select speaker, num_utterances, cohesion from speaker_centroids"
+    """
+    settings = load(database_url=database_url, home=home, embedding_workers=workers)
+    number = settings.embedding_workers or min(4, count_cores(), settings.db_max_connections - PARENT_CONNECTIONS)
+    check_connections(settings, number)
+    options = Options(average, min_utterances, chunk_size, recompute=not skip_existing)
+    out = sys.stderr if as_json else sys.stdout
+
+    def line(words: str) -> None:
+        print(words, file=out, flush=True)
+
+    outcomes: list[tuple[str, Outcome]] = []
+    with opened(settings) as database:
+        require_ready(database)
+        with database.begin() as connection:
+            pairs = catalog.embedded(connection, dataset, model)
+        if not pairs:
+            line("there are no vectors to average: type 'embstore extract PATH' first")
+        for found, datasets in pairs:
+
+            def show(pending: int, name: str = found.name) -> Display:
+                line(f"averaging {pending:,} speakers by {name} with {number} workers")
+                return display(pending, sys.stderr)
+
+            parameters = {"average": average, "min_utterances": min_utterances, "recompute": options.recompute}
+            outcome = centroids.compute(
+                database, settings, datasets, found.model_id, options, number, show=show, parameters=parameters
+            )
+            tell(line, outcome, model=found.name, command="centroids", unit="speakers", done="averaged")
+            outcomes.append((found.name, outcome))
+            if outcome.interrupted:
+                break
+    if as_json:
+        write_json([{"model": name, **outcome.as_dict()} for name, outcome in outcomes], sys.stdout)
+    context.exit(exit_code(outcome for _, outcome in outcomes))

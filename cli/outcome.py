@@ -1,0 +1,33 @@
+"""What commands with workers say when they end, and the exit code that follows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from embstore.progress import summary
+from embstore.supervise import Outcome
+
+from .main import INTERRUPTED
+
+SOME_FAILED = 1
+
+
+def tell(line: Callable[[str], None], outcome: Outcome, *, model: str, command: str, unit: str, done: str) -> None:
+    """Say what a run did, that the counts add up, and what to type next. `unit` and `done` are as in `summary`."""
+    if outcome.tally.processed:
+        line(summary(outcome.tally, outcome.seconds, unit=unit, done=done))
+    elif not outcome.interrupted:
+        line(f"nothing to do: all {unit} are {done}, or have failed or been skipped before")
+    for dataset, counts in outcome.statuses.items():
+        parts = " + ".join(f"{counts.get(s, 0):,} {s}" for s in ("done", "failed", "skipped", "running", "pending"))
+        line(f"'{dataset}' by {model}: {parts} = {sum(counts.values()):,} {unit}")
+    if outcome.interrupted:
+        line(f"interrupted; nothing that was finished is lost: type 'embstore {command}' to go on")
+
+
+def exit_code(outcomes: Iterable[Outcome]) -> int:
+    """130 if any was interrupted, else 1 if anything has failed, else 0."""
+    ended = list(outcomes)
+    if any(outcome.interrupted for outcome in ended):
+        return INTERRUPTED
+    return SOME_FAILED if any(outcome.failed for outcome in ended) else 0
