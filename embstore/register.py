@@ -178,7 +178,10 @@ _ESCAPES = str.maketrans({"\\": r"\\", "\t": r"\t", "\n": r"\n", "\r": r"\r"})
 
 
 def _escape(value: str | None) -> str:
-    return r"\N" if value is None else value.translate(_ESCAPES)
+    if value is None:
+        return r"\N"
+    # To look whether there is anything to escape takes a fifth of the time of `translate`.
+    return value if value.isprintable() and "\\" not in value else value.translate(_ESCAPES)
 
 
 def _number(value: float | None) -> str:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy import Connection, text
 
-from embstore.db.copy import copy_vectors
+from embstore.db.copy import Column, copy_rows, read_rows
 from embstore.queue import Queue
 
 _PLAIN_UP_TO = 1900
@@ -31,6 +33,15 @@ CREATE VIEW embstore.{view} WITH (security_invoker) AS
     FROM embstore.embedding_{id} e
     JOIN embstore.item i USING (dataset_id, item_id)
     JOIN embstore.dataset d USING (dataset_id)
+"""
+
+# The index on the position gives the order, and each vector is looked up by its key: nothing is sorted.
+_PAGE = """
+SELECT i.position, i.item_id, e.embedding
+FROM embstore.item i
+JOIN embstore.embedding_{id} e ON e.dataset_id = i.dataset_id AND e.model_id = {id} AND e.item_id = i.item_id
+WHERE i.dataset_id = {dataset} AND i.position > {last}
+ORDER BY i.position LIMIT {size}
 """
 
 
@@ -63,10 +74,42 @@ def write(
     order = np.argsort(np.asarray(item_ids, dtype=np.int64))
     ids = np.asarray(item_ids, dtype=np.int64)[order]
     rows = order[np.searchsorted(ids, written)]
-    keys: dict[str, NDArray[np.integer]] = {
+    columns: dict[str, NDArray[Any]] = {
         "dataset_id": np.full(len(written), queue.scope["dataset_id"], dtype=np.int32),
         "model_id": np.full(len(written), queue.scope["model_id"], dtype=np.int16),
         "item_id": written,
+        "embedding": np.ascontiguousarray(vectors[rows], dtype=np.float32),
     }
-    table = f"embstore.embedding_{queue.scope['model_id']}"
-    copy_vectors(connection, table, keys, "embedding", np.ascontiguousarray(vectors[rows], dtype=np.float32))
+    copy_rows(connection, f"embstore.embedding_{queue.scope['model_id']}", columns)
+
+
+@dataclass(frozen=True)
+class Page:
+    """Vectors in the order of a dataset."""
+
+    positions: NDArray[np.int64]
+    """int64 [n], rising."""
+    item_ids: NDArray[np.int64]
+    """int64 [n]."""
+    vectors: NDArray[np.float32]
+    """float32 [n, dim]."""
+
+
+def ordered(connection: Connection, dataset_id: int, model_id: int, dim: int, *, size: int = 20_000) -> Iterator[Page]:
+    """A dataset's vectors by position, `size` at a time; items without a vector are left out.
+
+    Let the caller's transaction be REPEATABLE READ, so that all pages are of one state.
+    """
+    columns: dict[str, Column] = {
+        "position": (np.dtype(np.int64), None),
+        "item_id": (np.dtype(np.int64), None),
+        "embedding": (np.dtype(np.float32), dim),
+    }
+    last = -1
+    while True:
+        page = read_rows(connection, _PAGE.format(dataset=dataset_id, id=model_id, last=last, size=size), columns)
+        if len(page["position"]):
+            yield Page(page["position"], page["item_id"], page["embedding"])
+        if len(page["position"]) < size:
+            return
+        last = int(page["position"][-1])

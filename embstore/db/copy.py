@@ -1,14 +1,15 @@
-"""COPY BINARY from numpy arrays, without a Python object a value.
+"""COPY BINARY to and from numpy arrays, without a Python object a value.
 
 The format (PostgreSQL manual, "COPY", "Binary Format"): a signature, then a row as int16 field count and for each
 field an int32 length and the bytes, big-endian throughout, and -1 as the trailer. A vector is int16 dim, int16 0 and
-dim float32.
+dim float32. Where no field is null, all rows are of one length: a numpy record.
 """
 
 from __future__ import annotations
 
 import io
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,34 +21,69 @@ _TRAILER = b"\xff\xff"
 PIECE = 1 << 18
 """Bytes that psycopg2 reads at a time; its default of 8 kB makes a COPY take 1.7 times as long."""
 
+Column = tuple[np.dtype[Any], int | None]
+"""Type of a column's values, and the dimension if they are vectors."""
 
-def copy_vectors(
-    connection: Connection, table: str, keys: Mapping[str, NDArray[np.integer]], name: str, vectors: NDArray[np.float32]
-) -> None:
-    """Append rows of integer keys (int16, int32 or int64, each [n]) and one vector [n, dim] to `table`.
+
+def copy_rows(connection: Connection, table: str, columns: Mapping[str, NDArray[Any]]) -> None:
+    """Append rows to `table`: integers and floats of 2, 4 or 8 bytes, each [n], and vectors, float32 [n, dim].
 
     `table` and the names are trusted identifiers. Runs within the caller's transaction.
     """
-    columns = ", ".join([*keys, name])
+    with _cursor(connection) as cursor:
+        names = ", ".join(columns)
+        cursor.copy_expert(f"COPY {table} ({names}) FROM STDIN (FORMAT BINARY)", encode(columns), size=PIECE)
+
+
+def read_rows(connection: Connection, query: str, columns: Mapping[str, Column]) -> dict[str, NDArray[Any]]:
+    """The rows of a query without parameters, whose columns are of these types, in this order, and never null."""
+    sink = io.BytesIO()
+    with _cursor(connection) as cursor:
+        cursor.copy_expert(f"COPY ({query}) TO STDOUT (FORMAT BINARY)", sink)
+    return decode(sink.getbuffer(), columns)
+
+
+def encode(columns: Mapping[str, NDArray[Any]]) -> io.BytesIO:
+    """Rows in PostgreSQL's binary form."""
+    shapes: dict[str, Column] = {
+        name: (values.dtype, None if values.ndim == 1 else values.shape[1]) for name, values in columns.items()
+    }
+    rows = np.zeros(len(next(iter(columns.values()))), dtype=_record(shapes))
+    rows["fields"] = len(columns)
+    for name, values in columns.items():
+        if values.ndim == 2:
+            rows[f"{name} length"] = 4 + 4 * values.shape[1]
+            rows[f"{name} dim"] = values.shape[1]
+        else:
+            rows[f"{name} length"] = values.dtype.itemsize
+        rows[name] = values
+    return io.BytesIO(b"".join((_SIGNATURE, rows.tobytes(), _TRAILER)))
+
+
+def decode(data: memoryview, columns: Mapping[str, Column]) -> dict[str, NDArray[Any]]:
+    """Columns of rows in PostgreSQL's binary form. Raises ValueError if they are not of these types."""
+    record = _record(columns)
+    body = len(data) - len(_SIGNATURE) - len(_TRAILER)
+    if body % record.itemsize:
+        raise ValueError(f"rows of {record.itemsize} bytes expected, got {body} bytes in all: a null, or another type")
+    rows = np.frombuffer(data, dtype=record, count=body // record.itemsize, offset=len(_SIGNATURE))
+    if (rows["fields"] != len(columns)).any():
+        raise ValueError(f"{len(columns)} columns expected")
+    return {name: rows[name].astype(dtype) for name, (dtype, _) in columns.items()}
+
+
+def _record(columns: Mapping[str, Column]) -> np.dtype[Any]:
+    fields: list[Any] = [("fields", ">i2")]
+    for name, (dtype, dim) in columns.items():
+        fields.append((f"{name} length", ">i4"))
+        if dim is None:
+            fields.append((name, dtype.newbyteorder(">")))
+        else:
+            fields += [(f"{name} dim", ">i2"), (f"{name} unused", ">i2"), (name, ">f4", (dim,))]
+    return np.dtype(fields)
+
+
+def _cursor(connection: Connection) -> Any:
     driver = connection.connection.driver_connection
     assert driver is not None
-    with driver.cursor() as cursor:
-        cursor.copy_expert(f"COPY {table} ({columns}) FROM STDIN (FORMAT BINARY)", encode(keys, vectors), size=PIECE)
-
-
-def encode(keys: Mapping[str, NDArray[np.integer]], vectors: NDArray[np.float32]) -> io.BytesIO:
-    """Rows in PostgreSQL's binary form: the integer keys, each [n], then the vector [n, dim]."""
-    count, dim = vectors.shape
-    fields: list[tuple[str, str] | tuple[str, str, tuple[int]]] = [("fields", ">i2")]
-    for name, column in keys.items():
-        fields += [(f"{name}_length", ">i4"), (name, f">i{column.dtype.itemsize}")]
-    fields += [("length", ">i4"), ("dim", ">i2"), ("unused", ">i2"), ("vector", ">f4", (dim,))]
-    rows = np.zeros(count, dtype=fields)
-    rows["fields"] = len(keys) + 1
-    for name, column in keys.items():
-        rows[f"{name}_length"] = column.dtype.itemsize
-        rows[name] = column
-    rows["length"] = 4 + 4 * dim
-    rows["dim"] = dim
-    rows["vector"] = vectors
-    return io.BytesIO(b"".join((_SIGNATURE, rows.tobytes(), _TRAILER)))
+    return driver.cursor()

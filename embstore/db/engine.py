@@ -123,7 +123,8 @@ class Database:
             )
         if code == "42501":
             return DatabaseError(f"{words}: ask the owner of the database for that right")
-        if code is None and isinstance(cause, psycopg2.OperationalError):
+        # InterfaceError: the rollback on a connection that was cut has taken the place of the first error.
+        if code is None and isinstance(cause, psycopg2.OperationalError | psycopg2.InterfaceError):
             return DatabaseUnavailable(
                 f"no database at {self}: {words}; check DATABASE_URL, or unset it to use the embedded server"
                 if not self.embedded

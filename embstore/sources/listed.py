@@ -151,11 +151,15 @@ def _is_plain(path: str) -> bool:
     )
 
 
+# `str | int | float` would be put together anew at each of a million calls, which takes longer than to read the number.
+_NUMERIC = (str, int, float)
+
+
 def seconds(value: object, what: str) -> float | None:
     """A time in seconds from a cell or a JSON value; None where there is none. Raises LineError."""
     if value is None or value == "":
         return None
-    if isinstance(value, str | int | float) and not isinstance(value, bool):
+    if isinstance(value, _NUMERIC) and not isinstance(value, bool):
         try:
             number = float(value)
         except (ValueError, OverflowError):

@@ -160,7 +160,7 @@ COMMENT ON COLUMN embstore.extraction.claim_token IS 'lease of the worker that h
 # Whoever migrates is the one who types queries on a private server: the views are found without a prefix.
 SEARCH_PATH = """
 DO $$ BEGIN
-    EXECUTE format('ALTER ROLE %I IN DATABASE %I SET search_path = "$user", public, embstore',
+    EXECUTE format('ALTER ROLE %I IN DATABASE %I SET search_path = public, embstore',
                    current_user, current_database());
 END $$;
 """

@@ -32,7 +32,7 @@ def test_every_query_of_the_page_runs(filled: Database) -> None:
     answers: dict[str, list[Any]] = {}
     for title, sql in QUERIES:
         with filled.begin() as connection:
-            connection.execute(text('SET LOCAL search_path = "$user", public, embstore'))
+            connection.execute(text('SET LOCAL search_path = public, embstore'))
             answers[title] = list(connection.exec_driver_sql(sql).all())
     speakers = sorted(folder.name for folder in (ROOT / "examples" / "speech").iterdir() if folder.is_dir())
     files = len(list((ROOT / "examples" / "speech").rglob("*.mp3")))

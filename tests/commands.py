@@ -1,0 +1,170 @@
+"""The real command as a real process with real workers, which tests may kill; sound and a model for it to work on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import psycopg2
+import soundfile
+from sqlalchemy import make_url
+
+RATE = 16_000
+PATIENCE = 60.0
+"""Seconds after which something that a test waits for will not happen any more."""
+
+
+def wait_until(holds: Callable[[], Any], what: str, seconds: float = PATIENCE) -> None:
+    """Look again and again until something holds."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, f"waited {seconds:.0f} s in vain for {what}"
+        time.sleep(0.02)
+
+
+class Command:
+    """An `embstore …` that runs, in a process group and session of its own."""
+
+    def __init__(self, words: tuple[str, ...], folder: Path, env: Mapping[str, str]) -> None:
+        self._out = folder / f"out-{time.monotonic_ns()}"
+        self._err = self._out.with_name(self._out.name.replace("out", "err"))
+        program = [sys.executable, "-m", "embstore"] if words[0] != "timeout" else []
+        with self._out.open("wb") as out, self._err.open("wb") as err:
+            self.process = subprocess.Popen(
+                [*program, *words],
+                cwd=folder,
+                env=os.environ | env,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+            )
+        self.pid = self.process.pid
+
+    @property
+    def out(self) -> str:
+        """What it has printed so far."""
+        return self._out.read_text()
+
+    @property
+    def err(self) -> str:
+        """What it has said beside that so far."""
+        return self._err.read_text()
+
+    def wait(self, seconds: float = PATIENCE) -> int:
+        """Wait until it ends; its exit code. A traceback is never right."""
+        code = self.process.wait(seconds)
+        assert "Traceback" not in self.out + self.err, self.err
+        return code
+
+    def members(self) -> list[psutil.Process]:
+        """All live processes of its group: itself, its workers, their helpers."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if os.getpgid(process.pid) == self.pid and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except (ProcessLookupError, psutil.NoSuchProcess):
+                continue
+        return found
+
+    def workers(self) -> list[psutil.Process]:
+        """Its worker processes, the oldest first."""
+        found = []
+        for process in self.members():
+            try:
+                if "spawn_main" in " ".join(process.cmdline()):
+                    found.append(process)
+            except psutil.NoSuchProcess:
+                continue
+        return sorted(found, key=lambda worker: worker.pid)
+
+    def press_ctrl_c(self) -> None:
+        """As a terminal does: to every process of the group."""
+        os.killpg(self.pid, signal.SIGINT)
+
+    def kill_group(self) -> None:
+        """End everything at once."""
+        os.killpg(self.pid, signal.SIGKILL)
+
+
+class Watcher:
+    """Looks into the database from outside, to strike at a known moment."""
+
+    def __init__(self, address: str) -> None:
+        self._address = make_url(address).set(drivername="postgresql").render_as_string(hide_password=False)
+
+    def rows(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
+        """Run one statement in a transaction of its own; its rows, if it has any."""
+        connection = psycopg2.connect(self._address, application_name="test")
+        try:
+            with connection, connection.cursor() as cursor:
+                cursor.execute(sql, values)
+                return cursor.fetchall() if cursor.description else []
+        finally:
+            connection.close()
+
+    def count(self, status: str) -> int:
+        """Number of extractions in a status; 0 as long as nothing is registered."""
+        ((number,),) = self.rows("SELECT count(*) FROM embstore.extraction WHERE status = %s", status)
+        return int(number)
+
+    def statuses(self) -> dict[str, int]:
+        """Number of extractions by status."""
+        return dict(self.rows("SELECT status, count(*) FROM embstore.extraction GROUP BY status"))
+
+    def refused(self) -> dict[str, str]:
+        """Path and reason code of all that failed or was skipped."""
+        return dict(
+            self.rows(
+                "SELECT path, error_code FROM embstore.extraction JOIN embstore.item USING (dataset_id, item_id)"
+                " WHERE status IN ('failed', 'skipped')"
+            )
+        )
+
+    def wait_for_done(self, number: int) -> None:
+        """Wait until at least that many items are done."""
+        wait_until(lambda: self.count("done") >= number, f"{number} items done")
+
+    def wait_for_claims(self) -> None:
+        """Wait until a worker has claimed something."""
+        wait_until(lambda: self.count("running") > 0, "a claim")
+
+
+def write_tones(folder: Path, count: int, *, speakers: int = 10, first: int = 0) -> list[Path]:
+    """Short files of tones in noise, every one different, the same on every machine."""
+    paths = []
+    for number in range(first, first + count):
+        path = folder / f"speaker-{number % speakers}" / f"{number:04}.{'flac' if number % 2 else 'wav'}"
+        paths.append(write_tone(path, number))
+    return paths
+
+
+def write_tone(path: Path, seed: int) -> Path:
+    """A tone in noise, of 0.2 seconds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    time_axis = np.arange(RATE // 5) / RATE
+    tone = 0.4 * np.sin(2 * np.pi * rng.uniform(100, 4000) * time_axis)
+    soundfile.write(path, tone + 0.02 * rng.standard_normal(len(time_axis)), RATE)
+    return path
+
+
+def install_probe(folder: Path) -> Path:
+    """Install the package `embstore-probe` into a folder, as an installer would; it is to be put on PYTHONPATH."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(Path(__file__).parent / "probe" / "embstore_probe.py", folder)
+    info = folder / "embstore_probe-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: embstore-probe\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[embstore.models]\nprobe = embstore_probe:recipe\n")
+    return folder

@@ -1,0 +1,88 @@
+"""What several test files need: the facts of models that are never loaded, small datasets, short queries."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from sqlalchemy import Connection, text
+
+from embstore import catalog
+from embstore.db.engine import Database
+from embstore.models.base import Media, Model
+from embstore.queue import Queue
+from embstore.register import enqueue, register
+from embstore.sources import Entry
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A model that the database knows and nobody loads."""
+
+    name: str = "small"
+    dim: int = 3
+    weights: str = "0123456789abcdef"
+    media: Media = "audio"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def fingerprint(self) -> str:
+        return self.weights
+
+    def load(self, device: str) -> Model:
+        raise NotImplementedError
+
+
+SMALL = Facts()
+
+
+def entry(path: str, speaker: str | None = None, **facts: Any) -> Entry:
+    """An item as a source names it; `facts` are start, duration, size and mtime_ns."""
+    return Entry(path, speaker, **{"start": None, "duration": None, "size": 1000, "mtime_ns": 1} | facts)
+
+
+def extraction(dataset_id: int, model_id: int) -> Queue:
+    """The queue of a dataset and a model."""
+    return Queue("embstore.extraction", "item_id", {"dataset_id": dataset_id, "model_id": model_id})
+
+
+def fill(
+    connection: Connection, items: int | Sequence[Entry], *, dataset: str = "calls", model: Facts = SMALL
+) -> Queue:
+    """A dataset of so many items (`0000.wav`, …) or of these, each pending for the model; returns the queue."""
+    entries = [entry(f"{i:04}.wav") for i in range(items)] if isinstance(items, int) else items
+    dataset_id = catalog.ensure_dataset(connection, dataset, "audio", f"/data/{dataset}").dataset_id
+    register(connection, dataset_id, entries)
+    model_id = catalog.ensure_model(connection, model)
+    enqueue(connection, dataset_id, model_id)
+    return extraction(dataset_id, model_id)
+
+
+def vectors_of(count: int, dim: int = 3, seed: int = 0) -> NDArray[np.float32]:
+    """Random vectors, float32 [count, dim]."""
+    return np.random.default_rng(seed).standard_normal((count, dim)).astype(np.float32)
+
+
+def ask(database: Database, sql: str, **values: Any) -> list[tuple[Any, ...]]:
+    """The rows of a query, in a transaction of its own."""
+    with database.begin() as connection:
+        return [tuple(row) for row in connection.execute(text(sql), values)]
+
+
+def at_once(*works: Callable[[], T]) -> list[T]:
+    """Run functions in threads of their own, all at the same time; their results in order."""
+    with ThreadPoolExecutor(len(works)) as threads:
+        return [future.result() for future in [threads.submit(work) for work in works]]
+
+
+def wait_until_blocked(database: Database) -> None:
+    """Come back when some session of this database waits for a lock of another one."""
+    sql = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    while ask(database, sql) == [(0,)]:
+        time.sleep(0.01)
