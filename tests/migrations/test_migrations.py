@@ -17,7 +17,7 @@ from sqlalchemy import Connection, create_engine
 
 from embstore import vectors
 from embstore.db import migrate
-from embstore.db.copy import copy_vectors
+from embstore.db.copy import copy_rows
 from embstore.db.engine import Database
 from embstore.db.migrate import State, inspect, require_ready
 from embstore.db.schema import HEAD, SCHEMA, metadata
@@ -145,7 +145,7 @@ def test_a_partition_takes_vectors_of_its_dimension_only(database: Database) -> 
         with database.begin() as connection:
             keys = {"dataset_id": np.array([1]), "model_id": np.array([1], np.int16), "item_id": np.array([1])}
             keys["dataset_id"] = keys["dataset_id"].astype(np.int32)
-            copy_vectors(connection, "embstore.embedding_1", keys, "embedding", np.array([vector], np.float32))
+            copy_rows(connection, "embstore.embedding_1", {**keys, "embedding": np.array([vector], np.float32)})
 
     with database.begin() as connection:
         _model(connection, dim=3)
