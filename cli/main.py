@@ -47,6 +47,9 @@ class Entry(NamedTuple):
 COMMANDS = {
     "extract": Entry("extract", "extract", "Register audio and embed it; stop and go on at any time."),
     "centroids": Entry("centroids", "command", "Average each speaker's vectors into one; stop and go on at any time."),
+    "boundaries": Entry(
+        "boundaries", "boundaries", "Find where the speaker changes in a set that is ordered by speaker."
+    ),
     "status": Entry("query", "status", "Show how far each dataset is, by model."),
     "failures": Entry("query", "failures", "List the items without an embedding, and why."),
     "retry": Entry("query", "retry", "Make failed items pending again."),

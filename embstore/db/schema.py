@@ -38,7 +38,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import JSONB
 
 SCHEMA = "embstore"
-HEAD = "0002"
+HEAD = "0003"
 """The newest migration. Revisions are numbered, so that older and newer can be told apart without loading Alembic."""
 
 MINIMUM_SERVER = 16
@@ -118,6 +118,7 @@ item = Table(
     PrimaryKeyConstraint("dataset_id", "item_id"),
     UniqueConstraint("dataset_id", "path", "start", name="item_path_start", postgresql_nulls_not_distinct=True),
     Index("item_speaker", "dataset_id", "speaker"),
+    Index("item_position", "dataset_id", "position"),
 )
 
 
@@ -194,7 +195,7 @@ centroid = Table(
     Column("centroid_id", BigInteger, Identity(always=True), nullable=False),
     Column("speaker", Text, nullable=False),
     *_queue_columns(),
-    Column("average", Text, CheckConstraint("average IN ('mean', 'unit')", name="centroid_average")),
+    Column("average", Text, CheckConstraint("average IN ('mean', 'unit')", name="centroid_average"), nullable=False),
     Column("embedding", Vector()),
     Column("num_utterances", Integer),
     Column("cohesion", REAL, comment="mean cosine of the utterances to the centroid"),
@@ -214,3 +215,72 @@ for _status in ("pending", "running"):
         centroid.c.centroid_id,
         postgresql_where=text(f"status = '{_status}'"),
     )
+
+boundary_run = Table(
+    "boundary_run",
+    metadata,
+    Column("dataset_id", Integer, nullable=False),
+    Column("model_id", SmallInteger, nullable=False),
+    Column("boundary_run_id", Integer, Identity(always=True), nullable=False),
+    *_queue_columns(),
+    Column("method", Text, nullable=False),
+    Column("parameters", JSONB, nullable=False, comment="what was asked for"),
+    Column("found", JSONB, comment="what was chosen from the data, expected places, and notes"),
+    Column("items", BigInteger, comment="positions of the dataset when it was read"),
+    Column("embedded", BigInteger, comment="positions of them that had a vector"),
+    _timestamp("created_at", nullable=False, server_default=func.now()),
+    _timestamp("applied_at"),
+    PrimaryKeyConstraint("dataset_id", "model_id", "boundary_run_id"),
+    CheckConstraint(f"status IN {STATUSES}", name="boundary_run_status"),
+    CheckConstraint("method IN ('auto', 'cosine', 'gmm')", name="boundary_run_method"),
+    CheckConstraint("(error_code IS NOT NULL) = (status IN ('failed', 'skipped'))", name="boundary_run_reason"),
+)
+
+boundary = Table(
+    "boundary",
+    metadata,
+    Column("dataset_id", Integer, nullable=False),
+    Column("boundary_run_id", Integer, nullable=False),
+    Column("position", BigInteger, nullable=False, comment="of the first item of the new speaker"),
+    Column("score", REAL, nullable=False),
+    Column("confidence", REAL, nullable=False),
+    PrimaryKeyConstraint("dataset_id", "boundary_run_id", "position"),
+)
+
+segment = Table(
+    "segment",
+    metadata,
+    Column("dataset_id", Integer, nullable=False),
+    Column("boundary_run_id", Integer, nullable=False),
+    Column("segment", Integer, nullable=False, comment="from 1, in order"),
+    Column("first_position", BigInteger, nullable=False),
+    Column("last_position", BigInteger, nullable=False),
+    Column(
+        "voice",
+        Integer,
+        nullable=False,
+        comment="number of its voice, from 1 in order of appearance: the segment, unless merged",
+    ),
+    PrimaryKeyConstraint("dataset_id", "boundary_run_id", "segment"),
+)
+
+boundary_score = Table(
+    "boundary_score",
+    metadata,
+    Column("dataset_id", Integer, nullable=False),
+    Column("boundary_run_id", Integer, nullable=False),
+    Column("position", BigInteger, nullable=False),
+    Column("score", REAL, nullable=False, comment="1 - cosine of what lies before and from the position on"),
+    PrimaryKeyConstraint("dataset_id", "boundary_run_id", "position"),
+)
+
+boundary_undo = Table(
+    "boundary_undo",
+    metadata,
+    Column("dataset_id", Integer, nullable=False),
+    Column("boundary_run_id", Integer, nullable=False),
+    Column("item_id", BigInteger, nullable=False),
+    Column("speaker", Text),
+    PrimaryKeyConstraint("dataset_id", "boundary_run_id", "item_id"),
+    comment="speaker labels from before a run was applied",
+)

@@ -27,7 +27,7 @@ CREATE TABLE embstore.centroid (
     error_code text,
     error text,
     finished_at timestamptz,
-    average text CONSTRAINT centroid_average CHECK (average IN ('mean', 'unit')),
+    average text NOT NULL CONSTRAINT centroid_average CHECK (average IN ('mean', 'unit')),
     embedding vector,
     num_utterances integer,
     cohesion real,
@@ -52,12 +52,15 @@ COMMENT ON COLUMN embstore.centroid.claim_token IS 'lease of the worker that has
 # write utterances of one speaker fight over.
 TRIGGERS = """
 CREATE FUNCTION embstore.note_extractions() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
-    INSERT INTO embstore.speaker_change (dataset_id, model_id, speaker)
-    SELECT DISTINCT n.dataset_id, n.model_id, i.speaker
-    FROM now_there n
-    JOIN before_it o USING (dataset_id, model_id, item_id)
-    JOIN embstore.item i USING (dataset_id, item_id)
-    WHERE (n.status = 'done') <> (o.status = 'done') AND i.speaker IS NOT NULL;
+    -- Claims, of which there are as many as results, end here.
+    IF EXISTS (SELECT FROM now_there WHERE status = 'done') OR EXISTS (SELECT FROM before_it WHERE status = 'done') THEN
+        INSERT INTO embstore.speaker_change (dataset_id, model_id, speaker)
+        SELECT DISTINCT n.dataset_id, n.model_id, i.speaker
+        FROM now_there n
+        JOIN before_it o USING (dataset_id, model_id, item_id)
+        JOIN embstore.item i USING (dataset_id, item_id)
+        WHERE (n.status = 'done') <> (o.status = 'done') AND i.speaker IS NOT NULL;
+    END IF;
     RETURN NULL;
 END $$;
 CREATE TRIGGER note_extractions AFTER UPDATE ON embstore.extraction
@@ -95,6 +98,17 @@ CREATE OR REPLACE FUNCTION embstore.delete_items() RETURNS trigger LANGUAGE plpg
     RETURN NULL;
 END $$;
 
+-- Where items were deleted this finds none: they have been noted already.
+CREATE OR REPLACE FUNCTION embstore.delete_embeddings() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+    INSERT INTO embstore.speaker_change (dataset_id, model_id, speaker)
+    SELECT DISTINCT gone.dataset_id, gone.model_id, i.speaker
+    FROM gone JOIN embstore.item i USING (dataset_id, item_id)
+    WHERE gone.status = 'done' AND i.speaker IS NOT NULL;
+    DELETE FROM embstore.embedding e USING gone
+    WHERE e.dataset_id = gone.dataset_id AND e.model_id = gone.model_id AND e.item_id = gone.item_id;
+    RETURN NULL;
+END $$;
+
 INSERT INTO embstore.speaker_change (dataset_id, model_id, speaker)
 SELECT DISTINCT x.dataset_id, x.model_id, i.speaker
 FROM embstore.extraction x JOIN embstore.item i USING (dataset_id, item_id)
@@ -105,8 +119,8 @@ WHERE x.status = 'done' AND i.speaker IS NOT NULL;
 # out of date.
 VIEW = """
 CREATE VIEW embstore.speaker_centroids WITH (security_invoker) AS
-    SELECT d.name AS dataset, m.name AS model, c.speaker, c.num_utterances, c.average, c.embedding, c.cohesion,
-        c.lowest_item_id, c.lowest_cosine,
+    SELECT d.name AS dataset, m.name AS model, c.speaker, c.status, c.num_utterances, c.average, c.embedding,
+        c.cohesion, c.lowest_item_id, c.lowest_cosine,
         (SELECT count(*) FROM embstore.item i JOIN embstore.extraction x USING (dataset_id, item_id)
          WHERE i.dataset_id = c.dataset_id AND i.speaker = c.speaker AND x.model_id = c.model_id
              AND x.status IN ('failed', 'skipped')) AS failed_utterances,
@@ -114,14 +128,13 @@ CREATE VIEW embstore.speaker_centroids WITH (security_invoker) AS
         (SELECT stddev_pop(v) FROM unnest(c.embedding::real[]) v) AS value_std,
         (SELECT min(v) FROM unnest(c.embedding::real[]) v) AS value_min,
         (SELECT max(v) FROM unnest(c.embedding::real[]) v) AS value_max,
-        c.status = 'pending' OR EXISTS (
+        c.status IN ('pending', 'running') OR (c.status = 'failed' AND c.embedding IS NOT NULL) OR EXISTS (
             SELECT FROM embstore.speaker_change g WHERE g.dataset_id = c.dataset_id AND g.model_id = c.model_id
                 AND g.speaker = c.speaker) AS stale,
-        c.finished_at, c.run_id
+        c.error_code, c.error, c.finished_at, c.run_id
     FROM embstore.centroid c
     JOIN embstore.dataset d USING (dataset_id)
-    JOIN embstore.model m USING (model_id)
-    WHERE c.embedding IS NOT NULL;
+    JOIN embstore.model m USING (model_id);
 """
 
 FUNCTIONS = """
@@ -131,7 +144,7 @@ LANGUAGE sql STABLE SET search_path = public, embstore, pg_temp AS $$
     SELECT o.dataset, o.speaker, 1 - (o.embedding <=> c.embedding)
     FROM embstore.speaker_centroids c
     JOIN embstore.speaker_centroids o ON o.model = c.model AND (o.dataset, o.speaker) <> (c.dataset, c.speaker)
-    WHERE c.dataset = $1 AND c.speaker = $2 AND c.model = $3
+    WHERE c.dataset = $1 AND c.speaker = $2 AND c.model = $3 AND o.embedding IS NOT NULL AND c.embedding IS NOT NULL
     ORDER BY o.embedding <=> c.embedding LIMIT $4
 $$;
 COMMENT ON FUNCTION embstore.nearest_speakers IS 'the k speakers, of any dataset, whose centroids are nearest to one';
@@ -182,6 +195,11 @@ def downgrade() -> None:
     END $$;
     CREATE OR REPLACE FUNCTION embstore.delete_items() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
         DELETE FROM embstore.item i USING gone WHERE i.dataset_id = gone.dataset_id;
+        RETURN NULL;
+    END $$;
+    CREATE OR REPLACE FUNCTION embstore.delete_embeddings() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+        DELETE FROM embstore.embedding e USING gone
+        WHERE e.dataset_id = gone.dataset_id AND e.model_id = gone.model_id AND e.item_id = gone.item_id;
         RETURN NULL;
     END $$;
     """)

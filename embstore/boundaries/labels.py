@@ -1,0 +1,188 @@
+"""A boundary run's segments as speaker labels of the items, and back."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sqlalchemy import Connection, text
+
+from embstore.boundaries.voices import THRESHOLD, same_voices
+from embstore.db.copy import read_rows
+from embstore.errors import UsageError
+
+_SUMMARY = """
+SELECT r.boundary_run_id AS run, d.name AS dataset, r.method, r.items, r.embedded,
+    (SELECT count(*) FROM embstore.boundary b
+     WHERE b.dataset_id = r.dataset_id AND b.boundary_run_id = r.boundary_run_id) AS boundaries,
+    (SELECT count(*) FROM embstore.segment s
+     WHERE s.dataset_id = r.dataset_id AND s.boundary_run_id = r.boundary_run_id) AS segments,
+    r.found -> 'parameters' AS parameters, r.found -> 'notes' AS notes, r.found -> 'trace' AS trace
+FROM embstore.boundary_run r JOIN embstore.dataset d USING (dataset_id)
+WHERE r.boundary_run_id = :run AND r.status = 'done'
+"""
+_POSITIONS = "SELECT position FROM embstore.boundary WHERE boundary_run_id = :run ORDER BY position"
+_RUN = """
+SELECT r.dataset_id, r.model_id, m.dim, d.name, r.status, r.applied_at, r.found ->> 'order', r.items
+FROM embstore.boundary_run r
+JOIN embstore.model m USING (model_id)
+JOIN embstore.dataset d USING (dataset_id)
+WHERE r.boundary_run_id = :run
+FOR UPDATE OF d
+"""
+_OTHER = """
+SELECT boundary_run_id FROM embstore.boundary_run WHERE dataset_id = :dataset_id AND applied_at IS NOT NULL
+"""
+_ORDER = """
+SELECT i.item_id FROM embstore.boundary_score s
+JOIN embstore.item i ON i.dataset_id = s.dataset_id AND i.position = s.position
+WHERE s.dataset_id = {dataset} AND s.boundary_run_id = {run} ORDER BY s.position
+"""
+_CENTROIDS = """
+SELECT s.segment, count(*) AS items, avg(e.embedding) AS embedding
+FROM embstore.segment s
+JOIN embstore.item i ON i.dataset_id = s.dataset_id AND i.position BETWEEN s.first_position AND s.last_position
+JOIN embstore.embedding_{model} e ON e.dataset_id = i.dataset_id AND e.item_id = i.item_id
+WHERE s.dataset_id = {dataset} AND s.boundary_run_id = {run} GROUP BY s.segment ORDER BY s.segment
+"""
+_SEGMENTS = """
+SELECT segment FROM embstore.segment WHERE dataset_id = :dataset_id AND boundary_run_id = :run ORDER BY segment
+"""
+_SET_VOICES = """
+UPDATE embstore.segment s SET voice = v.voice
+FROM unnest(CAST(:segments AS integer[]), CAST(:voices AS integer[])) AS v (segment, voice)
+WHERE s.dataset_id = :dataset_id AND s.boundary_run_id = :run AND s.segment = v.segment
+"""
+_REMEMBER = """
+INSERT INTO embstore.boundary_undo (dataset_id, boundary_run_id, item_id, speaker)
+SELECT dataset_id, :run, item_id, speaker FROM embstore.item WHERE dataset_id = :dataset_id
+"""
+_LABEL = """
+UPDATE embstore.item i SET speaker = 'speaker_' || lpad(s.voice::text, 3, '0')
+FROM embstore.segment s
+WHERE s.dataset_id = :dataset_id AND s.boundary_run_id = :run AND i.dataset_id = s.dataset_id
+    AND i.position BETWEEN s.first_position AND s.last_position
+"""
+_RESTORE = """
+UPDATE embstore.item i SET speaker = u.speaker
+FROM embstore.boundary_undo u
+WHERE u.dataset_id = :dataset_id AND u.boundary_run_id = :run AND i.dataset_id = u.dataset_id AND i.item_id = u.item_id
+"""
+_FORGET = "DELETE FROM embstore.boundary_undo WHERE dataset_id = :dataset_id AND boundary_run_id = :run"
+_MARK = """
+UPDATE embstore.boundary_run SET applied_at = CASE WHEN :applied THEN now() END WHERE boundary_run_id = :run
+"""
+
+
+_LIST_RUNS = "'embstore sql \"select run, dataset, method, status from boundary_runs\"' lists all"
+
+
+@dataclass(frozen=True)
+class FoundRun:
+    """A finished boundary run."""
+
+    run: int
+    dataset_id: int
+    model_id: int
+    dim: int
+    dataset: str
+    applied: bool
+    order: str
+    items: int
+
+
+def summary(connection: Connection, run: int) -> dict[str, Any]:
+    """What a finished run found: numbers, parameters, notes, and the explanations if they were asked for.
+
+    Raises UsageError.
+    """
+    row = connection.execute(text(_SUMMARY), {"run": run}).one_or_none()
+    if row is None:
+        raise UsageError(f"no finished boundary run {run}: {_LIST_RUNS}")
+    return dict(row._mapping)
+
+
+def positions(connection: Connection, run: int) -> list[int]:
+    """The positions of a run's boundaries, rising."""
+    return list(connection.execute(text(_POSITIONS), {"run": run}).scalars())
+
+
+def get_run(connection: Connection, run: int) -> FoundRun:
+    """Find a finished run, and lock its dataset until the transaction ends. Raises UsageError."""
+    row = connection.execute(text(_RUN), {"run": run}).one_or_none()
+    if row is None:
+        raise UsageError(f"no boundary run {run}: {_LIST_RUNS}")
+    dataset_id, model_id, dim, dataset, status, applied_at, order, items = row
+    if status != "done":
+        raise UsageError(f"boundary run {run} of '{dataset}' is {status}: type 'embstore boundaries' to finish it")
+    return FoundRun(run, dataset_id, model_id, dim, dataset, applied_at is not None, order, items)
+
+
+def merge_voices(connection: Connection, run: FoundRun, threshold: float = THRESHOLD) -> int:
+    """Find the segments that are the same voice coming back, and number voices; returns how many voices there are.
+
+    Segments without a vector stay voices of their own. `threshold`: cosine of two voices' centroids.
+    """
+    rows = read_rows(
+        connection,
+        _CENTROIDS.format(dataset=run.dataset_id, run=run.run, model=run.model_id),
+        {
+            "segment": (np.dtype(np.int32), None),
+            "items": (np.dtype(np.int64), None),
+            "embedding": (np.dtype(np.float32), run.dim),
+        },
+    )
+    merged = same_voices(rows["embedding"], rows["items"], threshold)
+    values = {"dataset_id": run.dataset_id, "run": run.run}
+    segments = connection.execute(text(_SEGMENTS), values).scalars().all()
+    # A segment's voice is known by the first segment that has it; those are numbered in order.
+    first = dict(zip(rows["segment"].tolist(), rows["segment"][_first(merged)].tolist(), strict=True))
+    names = [first.get(segment, segment) for segment in segments]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names), start=1)}
+    voices = [numbers[name] for name in names]
+    connection.execute(text(_SET_VOICES), {**values, "segments": list(segments), "voices": voices})
+    return len(numbers)
+
+
+def _first(voices: NDArray[np.int64]) -> NDArray[np.int64]:
+    """For each segment, the index of the first with the same voice."""
+    _, first, inverse = np.unique(voices, return_index=True, return_inverse=True)
+    return np.asarray(first[inverse], dtype=np.int64)
+
+
+def apply(connection: Connection, run: FoundRun) -> int:
+    """Label every item `speaker_001`, `speaker_002`, … by its segment's voice; returns the number of items.
+
+    What the labels were is kept for `undo`. Raises UsageError if a run is applied already, or if the order of the items
+    has changed since it was made.
+    """
+    values = {"dataset_id": run.dataset_id, "run": run.run}
+    other = connection.execute(text(_OTHER), values).scalar()
+    if other is not None:
+        raise UsageError(f"run {other} is applied to '{run.dataset}': type 'embstore boundaries undo {other}' first")
+    ids = read_rows(
+        connection, _ORDER.format(dataset=run.dataset_id, run=run.run), {"item_id": (np.dtype(np.int64), None)}
+    )
+    if hashlib.sha256(ids["item_id"].tobytes()).hexdigest() != run.order:
+        raise UsageError(
+            f"the items of '{run.dataset}' are in another order than when run {run.run} was made: "
+            f"type 'embstore boundaries --dataset {run.dataset}' to detect them anew"
+        )
+    connection.execute(text(_REMEMBER), values)
+    labelled = connection.execute(text(_LABEL), values).rowcount
+    connection.execute(text(_MARK), {"run": run.run, "applied": True})
+    return labelled
+
+
+def undo(connection: Connection, run: FoundRun) -> int:
+    """Give the items the speakers back that they had before the run was applied; returns the number of items."""
+    if not run.applied:
+        raise UsageError(f"run {run.run} is not applied to '{run.dataset}': there is nothing to undo")
+    values = {"dataset_id": run.dataset_id, "run": run.run}
+    restored = connection.execute(text(_RESTORE), values).rowcount
+    connection.execute(text(_FORGET), values)
+    connection.execute(text(_MARK), {"run": run.run, "applied": False})
+    return restored

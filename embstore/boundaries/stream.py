@@ -1,0 +1,198 @@
+"""Windows of vectors made into stretches with context, and what is computed at every place of a stretch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embstore.boundaries.result import Window, Windows
+
+Floats = NDArray[np.float64]
+
+CONTEXT = 20
+"""Vectors on each side of a place that its contrast looks at."""
+BLOCK = 8192
+"""Vectors in a stretch; three of them are in memory. The noise is measured per stretch, so it is part of the result."""
+_TILE = 512
+_PAIRS = 8192
+_LAG = 5
+_NEIGHBOURS = 4
+_FOREIGN = 2.5
+_LEAST_NOISE = 1e-4
+
+
+def unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Rows of length 1, float32 [n, dim]; rows of zeros stay. Raises ValueError if a value is not finite."""
+    rows = np.asarray(vectors, dtype=np.float32)
+    norms = np.sqrt(np.einsum("ij,ij->i", rows, rows, dtype=np.float64))
+    if not np.isfinite(norms).all():
+        raise ValueError(f"vector {int(np.flatnonzero(~np.isfinite(norms))[0])} of a window is not finite")
+    norms[norms == 0] = 1
+    scaled: NDArray[np.float32] = (rows / norms[:, None]).astype(np.float32)
+    return scaled
+
+
+def blocks(windows: Windows, size: int = BLOCK, *, normalise: bool = True) -> Iterator[Window]:
+    """The same rows cut anew, `size` in each but the last. Raises ValueError where positions do not rise."""
+    held: list[Window] = []
+    count, last = 0, -1
+    for positions, vectors in windows:
+        if not len(positions):
+            continue
+        if len(positions) != len(vectors):
+            raise ValueError(f"a window has {len(positions)} positions and {len(vectors)} vectors")
+        if positions[0] <= last or (np.diff(positions) <= 0).any():
+            raise ValueError(f"positions do not rise around {int(positions[0])}")
+        last = int(positions[-1])
+        held.append((np.asarray(positions, dtype=np.int64), unit(vectors) if normalise else vectors))
+        count += len(positions)
+        if count >= size:
+            whole = _joined(held)
+            full = count - count % size
+            for begin in range(0, full, size):
+                yield whole[0][begin : begin + size], whole[1][begin : begin + size]
+            held, count = [(whole[0][full:].copy(), whole[1][full:].copy())], count - full
+    if count:
+        yield _joined(held)
+
+
+def _joined(windows: list[Window]) -> Window:
+    return np.concatenate([p for p, _ in windows]), np.concatenate([v for _, v in windows])
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """One block between the blocks before and after it. Rows are counted from the beginning of the set."""
+
+    first: int
+    """Row that `rows[0]` is."""
+    begin: int
+    end: int
+    """The block is rows begin to end, without end."""
+    positions: NDArray[np.int64]
+    """Of the block's rows."""
+    rows: NDArray[np.float32]
+    """The block and its neighbours, [m, dim]."""
+
+    @property
+    def is_last(self) -> bool:
+        """Nothing comes after this block."""
+        return self.end == self.first + len(self.rows)
+
+    @property
+    def own(self) -> NDArray[np.float32]:
+        """The block's rows alone, [end - begin, dim]."""
+        return self.rows[self.begin - self.first : self.end - self.first]
+
+
+def stretches(windows: Windows, *, normalise: bool = True) -> Iterator[Stretch]:
+    """Each block once, with its neighbours."""
+    before: NDArray[np.float32] | None = None
+    current: Window | None = None
+    begin = 0
+    for following in _ended(blocks(windows, normalise=normalise)):
+        if current is not None:
+            parts = [x for x in (before, current[1], following[1] if following else None) if x is not None]
+            end = begin + len(current[0])
+            first = begin - (0 if before is None else len(before))
+            yield Stretch(first, begin, end, current[0], np.concatenate(parts))
+            before, begin = current[1], end
+        current = following
+
+
+def _ended(windows: Iterator[Window]) -> Iterator[Window | None]:
+    yield from windows
+    yield None
+
+
+def noise(rows: NDArray[np.float32]) -> float:
+    """The spread of one speaker's vectors: half the median squared distance of neighbours (a sum over dimensions).
+
+    Neighbours in a set that is sorted by keyword share the word, so those five apart are asked too; but not beyond
+    three times the first answer, as in short segments these are often two speakers.
+    """
+    near = _half_distance(rows, 1)
+    far = _half_distance(rows, _LAG)
+    return max(min(max(near, far), 3 * near), _LEAST_NOISE)
+
+
+def _half_distance(rows: NDArray[np.float32], lag: int) -> float:
+    pairs = len(rows) - lag
+    if pairs < 1:
+        return 0.0
+    picked = np.arange(0, pairs, max(1, pairs // _PAIRS))
+    difference = rows[picked] - rows[picked + lag]
+    return 0.5 * float(np.median(np.einsum("ij,ij->i", difference, difference)))
+
+
+def foreign(stretch: Stretch, spread: float) -> NDArray[np.bool_]:
+    """Rows of the block that resemble none of the four on either side, bool [end - begin].
+
+    A single file of another voice, or a broken one, is no speaker; left in, it would tear a tight segment apart.
+    """
+    own = stretch.own
+    nearest = np.full(len(own), np.inf)
+    offset = stretch.begin - stretch.first
+    for lag in [k for n in range(1, _NEIGHBOURS + 1) for k in (-n, n)]:
+        low, high = max(0, offset + lag), min(len(stretch.rows), offset + lag + len(own))
+        if high <= low:
+            continue
+        mine = slice(low - lag - offset, high - lag - offset)
+        likeness = np.einsum("ij,ij->i", own[mine], stretch.rows[low:high])
+        nearest[mine] = np.minimum(nearest[mine], 1 - likeness)
+    return np.asarray(np.isfinite(nearest) & (nearest > _FOREIGN * spread))
+
+
+def contrast(stretch: Stretch, context: int = CONTEXT) -> NDArray[np.float32]:
+    """`1 - cosine` of the mean before each row of the block and the mean from it on, float32 [end - begin].
+
+    Means of up to `context` rows; 0 at the very first row, where nothing lies before.
+    """
+    low = max(stretch.first, stretch.begin - context)
+    high = min(stretch.first + len(stretch.rows), stretch.end + context)
+    sums = prefix_sums(stretch.rows[low - stretch.first : high - stretch.first])
+    at = np.arange(stretch.begin, stretch.end) - low
+    out = np.empty(len(at), dtype=np.float32)
+    for tile in range(0, len(at), _TILE):
+        here = at[tile : tile + _TILE]
+        left = sums[here] - sums[np.maximum(here - context, 0)]
+        right = sums[np.minimum(here + context, high - low)] - sums[here]
+        norms = np.sqrt(_dot(left, left) * _dot(right, right))
+        cosine = np.divide(_dot(left, right), norms, out=np.ones(len(here)), where=norms > 1e-9)
+        out[tile : tile + _TILE] = np.clip(1 - cosine, 0, 2)
+    return out
+
+
+def _dot(a: Floats, b: Floats) -> Floats:
+    product: Floats = np.einsum("ij,ij->i", a, b)
+    return product
+
+
+def prefix_sums(rows: NDArray[np.float32]) -> Floats:
+    """Sums of the rows before each, float64 [n + 1, dim]."""
+    sums = np.zeros((len(rows) + 1, rows.shape[1]))
+    np.cumsum(rows, axis=0, dtype=np.float64, out=sums[1:])
+    return sums
+
+
+def gains(sums: Floats, half: int) -> Floats:
+    """What a cut saves that sees `half` rows on each side, float64 [len(sums)]; 0 where a side lacks rows.
+
+    That is `half / 2 * |mean left - mean right|²`. Its expectation is the noise where nothing changes.
+    """
+    out = np.zeros(len(sums))
+    for begin in range(half, len(sums) - half, _TILE):
+        end = min(begin + _TILE, len(sums) - half)
+        bend = sums[begin + half : end + half] + sums[begin - half : end - half] - 2 * sums[begin:end]
+        out[begin:end] = _dot(bend, bend) / (2 * half)
+    return out
+
+
+def peaks(values: Floats, reach: int) -> NDArray[np.bool_]:
+    """Whether each value is the largest within `reach` of it, bool [n]."""
+    padded = np.pad(values, reach, constant_values=-np.inf)
+    highest = np.lib.stride_tricks.sliding_window_view(padded, 2 * reach + 1).max(axis=1)
+    return np.asarray(values >= highest)
