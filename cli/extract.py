@@ -100,6 +100,7 @@ def extract(
         require_ready(database)
         works: list[Work]
         if source is not None:
+            _check_model(database, recipe)
             found, registered = run.register_source(
                 database, source, name=dataset or source.name, media=recipe.media, dry_run=dry_run
             )
@@ -109,12 +110,20 @@ def extract(
             works = _open_works(database, dataset, model, recipe)
         if dry_run:
             say.plan(works, plan, new=source is not None)
+            if as_json:
+                write_json([{"model": used.name, "datasets": [d.name for d in them]} for used, them in works], sys.stdout)
             return
         parameters = {"path": str(path) if path else None, "devices": list(plan.devices)}
         outcomes = _extract_all(database, settings, works, plan, parameters, say)
     if as_json:
         write_json([{"model": used.name, **outcome.as_dict()} for (used, _), outcome in outcomes], sys.stdout)
     context.exit(exit_code(outcome for _, outcome in outcomes))
+
+
+def _check_model(database: Database, recipe: Recipe) -> None:
+    """Refuse a model before anything is registered for it. Raises ModelError."""
+    with database.begin() as connection:
+        catalog.stored_model(connection, recipe.name, recipe.fingerprint())
 
 
 def _open_works(database: Database, name: str | None, model: str | None, recipe: Recipe) -> list[Work]:

@@ -117,10 +117,21 @@ def ensure_model(connection: Connection, recipe: Recipe) -> int:
     if model_id is not None:
         vectors.create_partition(connection, model_id, recipe.name, recipe.dim)
         return int(model_id)
-    row = connection.execute(text("SELECT model_id, fingerprint FROM embstore.model WHERE name = :name"), values).one()
+    stored = stored_model(connection, recipe.name, fingerprint)
+    assert stored is not None
+    return stored
+
+
+def stored_model(connection: Connection, name: str, fingerprint: str) -> int | None:
+    """The model_id of a model, None if it is new. Raises ModelError as `ensure_model` does."""
+    row = connection.execute(
+        text("SELECT model_id, fingerprint FROM embstore.model WHERE name = :name"), {"name": name}
+    ).one_or_none()
+    if row is None:
+        return None
     if row.fingerprint != fingerprint:
         raise ModelError(
-            f"model '{recipe.name}' here has other weights or settings than the one of that name in the database "
+            f"model '{name}' here has other weights or settings than the one of that name in the database "
             f"(fingerprint {fingerprint[:12]}, stored {row.fingerprint[:12]}): their vectors cannot be compared; "
             "use the weights that made the stored ones, or another model name"
         )

@@ -163,7 +163,7 @@ class LiveDisplay:
 
     def say(self, line: str) -> None:
         """Print a line above the bar."""
-        self._console.print(line, markup=False, highlight=False)
+        self._console.print(line, markup=False, emoji=False, highlight=False)
 
     def update(self, remaining: int, tallies: Iterable[Tally]) -> None:
         """Set what the next refresh shows."""

@@ -33,6 +33,7 @@ SUSPECT_GROUP = 16
 Scope = Mapping[str, int]
 
 _TAKE_LEASE = """
+WITH forgotten AS (DELETE FROM embstore.lease WHERE expires_at < clock_timestamp() - interval '1 day')
 INSERT INTO embstore.lease (worker, expires_at) VALUES (:worker, clock_timestamp() + make_interval(secs => :seconds))
 RETURNING token
 """
@@ -87,8 +88,9 @@ FROM unnest(CAST(:keys AS bigint[]), CAST(:statuses AS text[]), CAST(:codes AS t
 WHERE {scope} AND q.{key} = r.key AND q.status = 'running' AND q.claim_token = :token
 """
 
+# With no attempts, even after a rescue: a row that is claimed among many again must not be one death from quarantine.
 _RELEASE = """
-UPDATE {table} SET status = 'pending', attempts = attempts - 1, claim_token = NULL
+UPDATE {table} SET status = 'pending', attempts = 0, claim_token = NULL
 WHERE {scope} AND status = 'running' AND claim_token = :token
 """
 

@@ -13,6 +13,7 @@ import psycopg2
 from sqlalchemy import Connection, text
 
 from embstore.db.copy import PIECE
+from embstore.db.engine import set_local
 from embstore.sources import Entry
 
 _SCAN = """
@@ -70,14 +71,15 @@ FROM difference d WHERE i.dataset_id = :dataset_id AND i.item_id = d.item_id AND
 
 # A changed file's old vector goes with the old status, in one transaction: never a vector without `done`. The status
 # goes first: that waits for a worker which is just writing the vector, and then fences it off.
+# ANY(ARRAY(…)) and not a join: see `_plan_for_many`.
 _START_OVER = """
 UPDATE embstore.extraction x SET status = 'pending', attempts = 0, claim_token = NULL, error_code = NULL, error = NULL,
     finished_at = NULL
-FROM difference d WHERE d.is_changed AND x.dataset_id = :dataset_id AND x.item_id = d.item_id
+WHERE x.dataset_id = :dataset_id AND x.item_id = ANY (ARRAY(SELECT item_id FROM difference WHERE is_changed))
 """
 _FORGET_VECTORS = """
-DELETE FROM embstore.embedding e USING difference d
-WHERE d.is_changed AND e.dataset_id = :dataset_id AND e.item_id = d.item_id
+DELETE FROM embstore.embedding e
+WHERE e.dataset_id = :dataset_id AND e.item_id = ANY (ARRAY(SELECT item_id FROM difference WHERE is_changed))
 """
 
 _ENQUEUE = """
@@ -112,6 +114,7 @@ def register(connection: Connection, dataset_id: int, entries: Iterable[Entry], 
     The caller holds the lock on the dataset (`catalog.ensure_dataset`). With `dry_run` only the counts are taken.
     """
     values = {"dataset_id": dataset_id}
+    _plan_for_many(connection)
     connection.execute(text(_SCAN))
     found = _copy(connection, entries)
     connection.execute(text("ANALYZE scan"))
@@ -126,12 +129,23 @@ def register(connection: Connection, dataset_id: int, entries: Iterable[Entry], 
 
 def enqueue(connection: Connection, dataset_id: int, model_id: int) -> int:
     """Make an extraction pending for every item that has none by this model yet; returns their number."""
+    _plan_for_many(connection)
     # Items must not be removed, nor this be done twice at once, until it is committed.
     connection.execute(
         text("SELECT FROM embstore.dataset WHERE dataset_id = :dataset_id FOR UPDATE"), {"dataset_id": dataset_id}
     )
     result = connection.execute(text(_ENQUEUE), {"dataset_id": dataset_id, "model_id": model_id})
     return int(result.rowcount)
+
+
+def _plan_for_many(connection: Connection) -> None:
+    """Have the transaction's statements planned for as many rows as there may be.
+
+    The planner can't know: the tables have been filled just now, or were analysed while an interrupted registration was
+    under way, and seemed empty. Its nested loops then take hours for a few hundred thousand items.
+    """
+    set_local(connection, "enable_nestloop", "off")
+    set_local(connection, "work_mem", "128MB")
 
 
 def _copy(connection: Connection, entries: Iterable[Entry]) -> int:

@@ -11,9 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from sqlalchemy import Connection
+
 from embstore import catalog
 from embstore.catalog import Dataset
-from embstore.db.engine import Database
+from embstore.db.engine import Database, set_local
 from embstore.errors import DatabaseError, UsageError
 from embstore.progress import Display, Tally
 from embstore.queue import Queue, end_lease
@@ -150,6 +152,7 @@ class Run:
             environ=environ,
             on_message=self._on_message,
             on_death=self._on_death,
+            on_kill=self._on_kill,
             on_tick=self._on_tick,
             on_stop=lambda: self._display.say("finishing what is on the devices; Ctrl+C again leaves at once"),
         )
@@ -168,7 +171,28 @@ class Run:
         """Let the dead worker's rows be picked up at once, not when its lease runs out."""
         token = self._tokens.pop(index, None)
         if token is not None:
-            self._database.patiently(lambda c: end_lease(c, token))
+            self._try(lambda c: end_lease(c, token))
+
+    def _on_kill(self, index: int) -> None:
+        """Give back what a worker had that was killed from here: none of its rows is suspected of having done it."""
+        token = self._tokens.get(index)
+        self._on_death(index)
+        if token is not None:
+            self._try(lambda c: self._release(c, token))
+
+    def _release(self, connection: Connection, token: int) -> None:
+        # The dead worker's last statement may still be running on the server, and hold its rows.
+        set_local(connection, "lock_timeout", "1s")
+        for share in self._shares.values():
+            share.queue.release(connection, token)
+
+    def _try(self, work: Callable[[Connection], object]) -> None:
+        """Clear up, if the database is there. If it is not, leases run out by themselves, and nobody has to wait."""
+        try:
+            with self._database.begin() as connection:
+                work(connection)
+        except DatabaseError:
+            self._database.close()
 
     def _on_tick(self) -> None:
         if time.monotonic() - self._polled > _POLL_SECONDS:

@@ -15,7 +15,9 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +34,9 @@ DEATHS_IN_A_ROW = 5
 ORPHAN_SECONDS = 5.0
 """How long a worker whose parent died may take to write what it has and to release the rest."""
 _TICK = 0.2
+_TERMINATED = 128 + signal.SIGTERM
+_ONE_WISH = 0.1
+"""Seconds. `timeout` signals the command and then its whole group, the command again: that is no second Ctrl+C."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,8 @@ class Channel:
     def __init__(self, pipe: Connection) -> None:
         self.stopping = threading.Event()
         """Set when the worker is to finish what it has begun, and leave."""
+        self.dismissed = False
+        """Whether it was the parent who said so, or its death; and not somebody with a SIGTERM."""
         self._pipe = pipe
         self._lock = threading.Lock()
 
@@ -61,8 +68,10 @@ class Channel:
         try:
             while True:
                 self._pipe.recv()
+                self.dismissed = True
                 self.stopping.set()
         except (EOFError, OSError):
+            self.dismissed = True
             timer = threading.Timer(ORPHAN_SECONDS, os._exit, args=(1,))
             timer.daemon = True
             timer.start()
@@ -83,6 +92,9 @@ def _child(target: Callable[[Channel, Any], None], pipe: Connection, job: Any) -
         summary = f"{type(error).__name__}: {error}".splitlines()[0]
         failure = WorkerError(f"a worker stopped at {summary}; type the same command with --debug for the traceback")
         channel.send(_Failure(failure, traceback.format_exc()))
+    else:
+        if channel.stopping.is_set() and not channel.dismissed:
+            sys.exit(_TERMINATED)  # there may be work left, so the parent fills the place again
 
 
 @dataclass
@@ -106,22 +118,26 @@ class Crew:
         environ: Mapping[str, str] | None = None,
         on_message: Callable[[int, Any], bool],
         on_death: Callable[[int], None],
+        on_kill: Callable[[int], None] | None = None,
         on_tick: Callable[[], None] = lambda: None,
         on_stop: Callable[[], None] = lambda: None,
     ) -> None:
         """`on_message(index, message)` says whether the message means progress; `on_death(index)` clears up after a
-        worker that died before it is replaced; `on_tick` is called several times a second; `on_stop` at the first
+        worker that died before it is replaced; `on_kill(index)` after one that this crew has killed, by default in the
+        same way; `on_tick` is called several times a second; `on_stop` at the first
         Ctrl+C. All run in the parent's main thread."""
         self._target = target
         self._jobs = list(jobs)
         self._environ = dict(environ or {})
         self._on_message = on_message
         self._on_death = on_death
+        self._on_kill = on_kill or on_death
         self._on_tick = on_tick
         self._on_stop = on_stop
         self._workers: dict[int, _Worker] = {}
         self._deaths = dict.fromkeys(range(len(self._jobs)), 0)
         self._signals = 0
+        self._signalled = 0.0
         self._stopping = False
         self._error: _Failure | None = None
 
@@ -227,7 +243,7 @@ class Crew:
         for index, worker in list(self._workers.items()):
             worker.process.join()
             worker.pipe.close()
-            self._on_death(index)
+            self._on_kill(index)
         self._workers.clear()
 
     @contextlib.contextmanager
@@ -235,6 +251,9 @@ class Crew:
         """First Ctrl+C or SIGTERM: drain. Second: leave at once."""
 
         def count(_signal: int, _frame: FrameType | None) -> None:
+            last, self._signalled = self._signalled, time.monotonic()
+            if self._signals and self._signalled - last < _ONE_WISH:
+                return
             self._signals += 1
             if self._signals > 1:
                 raise KeyboardInterrupt

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy import Connection, text
 
-from embstore import catalog
+from embstore import catalog, vectors
 from embstore.db.engine import Database
 from embstore.models.base import Media, Model
-from embstore.queue import Queue
-from embstore.register import enqueue, register
+from embstore.queue import Queue, take_lease
+from embstore.register import Registered, enqueue, register
 from embstore.sources import Entry
 
 T = TypeVar("T")
@@ -41,6 +41,14 @@ class Facts:
 
 SMALL = Facts()
 
+ITEMS = """
+SELECT i.path, i.start, i.position, i.speaker, i.duration, i.size, i.mtime_ns, i.vanished_at IS NOT NULL, x.status,
+    e.embedding IS NOT NULL
+FROM embstore.item i LEFT JOIN embstore.extraction x USING (dataset_id, item_id)
+LEFT JOIN embstore.embedding e USING (dataset_id, model_id, item_id)
+ORDER BY i.position, i.item_id
+"""
+
 
 def entry(path: str, speaker: str | None = None, **facts: Any) -> Entry:
     """An item as a source names it; `facts` are start, duration, size and mtime_ns."""
@@ -62,6 +70,21 @@ def fill(
     model_id = catalog.ensure_model(connection, model)
     enqueue(connection, dataset_id, model_id)
     return extraction(dataset_id, model_id)
+
+
+def scan(database: Database, entries: Iterable[Entry], *, dry_run: bool = False) -> Registered:
+    """Register these entries as the dataset `calls`."""
+    with database.begin() as connection:
+        dataset = catalog.ensure_dataset(connection, "calls", "audio", "/data/calls")
+        return register(connection, dataset.dataset_id, entries, dry_run=dry_run)
+
+
+def finish_all(database: Database, queue: Queue) -> None:
+    """Give every pending item a vector."""
+    with database.begin() as connection:
+        token = take_lease(connection)
+        keys = queue.claim(connection, token, 1000)
+        vectors.write(connection, queue, token, keys, vectors_of(len(keys)))
 
 
 def vectors_of(count: int, dim: int = 3, seed: int = 0) -> NDArray[np.float32]:

@@ -44,7 +44,9 @@ def read_rows(connection: Connection, query: str, columns: Mapping[str, Column])
 
 
 def encode(columns: Mapping[str, NDArray[Any]]) -> io.BytesIO:
-    """Rows in PostgreSQL's binary form."""
+    """Rows in PostgreSQL's binary form. Raises ValueError if the columns are not of one length."""
+    if len({len(values) for values in columns.values()}) > 1:
+        raise ValueError(f"columns of different lengths: { {name: len(values) for name, values in columns.items()} }")
     shapes: dict[str, Column] = {
         name: (values.dtype, None if values.ndim == 1 else values.shape[1]) for name, values in columns.items()
     }
@@ -69,6 +71,9 @@ def decode(data: memoryview, columns: Mapping[str, Column]) -> dict[str, NDArray
     rows = np.frombuffer(data, dtype=record, count=body // record.itemsize, offset=len(_SIGNATURE))
     if (rows["fields"] != len(columns)).any():
         raise ValueError(f"{len(columns)} columns expected")
+    for name, (dtype, dim) in columns.items():
+        if (rows[f"{name} length"] != (dtype.itemsize if dim is None else 4 + 4 * dim)).any():
+            raise ValueError(f"column '{name}' holds a null, or is of another type than {dtype}")
     return {name: rows[name].astype(dtype) for name, (dtype, _) in columns.items()}
 
 

@@ -41,8 +41,9 @@ _TRY_AGAIN = {"40001", "40P01"}
 class Database:
     """A pool of at most `pool_size` connections to the server that the settings name, or to the embedded one."""
 
-    def __init__(self, settings: Settings, *, pool_size: int = 1) -> None:
+    def __init__(self, settings: Settings, *, pool_size: int = 1, patience: float = PATIENCE) -> None:
         self._settings = settings
+        self._patience = patience
         self._pool_size = pool_size
         self._engine: Engine | None = None
         self._making = threading.Lock()
@@ -73,12 +74,12 @@ class Database:
         except (DBAPIError, psycopg2.Error) as error:
             raise self._translate(error) from error
 
-    def patiently(self, work: Callable[[Connection], T], *, patience: float = PATIENCE) -> T:
+    def patiently(self, work: Callable[[Connection], T], *, patience: float | None = None) -> T:
         """Run `work` in a transaction; if the server goes away, wait for it and run `work` again.
 
         A commit whose answer got lost is run again too, so `work` must recognise what it has done already.
         """
-        deadline = time.monotonic() + patience
+        deadline = time.monotonic() + (self._patience if patience is None else patience)
         pause = 0.1
         while True:
             try:

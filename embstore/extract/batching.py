@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -33,22 +35,42 @@ class Outcome:
     result: NDArray[np.float32] | ItemError
 
 
-def embed_each(model: Model, batch: Sequence[Ready], dim: int) -> Iterator[Outcome]:
+def embed_each(model: Model, batch: Sequence[Ready], dim: int, proof: Prepared | None = None) -> Iterator[Outcome]:
     """Embed a batch; one that fails is halved until the item that makes it fail is alone.
 
-    Raises WorkerError when every single item fails: then it is the model, the device or the memory.
+    `proof` is an item that the model could embed before. Raises WorkerError when it is the model, the device or the
+    memory: when what fails now is the proof too, or, without one, every single item.
     """
     outcomes = list(_halving(model, batch, dim))
     errors = [o.result for o in outcomes if isinstance(o.result, ItemFailed) and o.result.code == "model_error"]
-    if len(errors) == len(batch) >= _SYSTEMATIC:
+    if errors and proof is not None:
+        _require_works(model, proof, errors[0])
+    elif len(errors) == len(batch) >= _SYSTEMATIC:
         raise WorkerError(f"the model failed on each of {len(batch)} items, so no item is to blame: {errors[0].detail}")
     yield from outcomes
+
+
+def embeddable(batch: Sequence[Ready], outcomes: Sequence[Outcome]) -> Prepared | None:
+    """The cheapest item of a batch on which the model did not fail."""
+    failed = {o.key for o in outcomes if isinstance(o.result, ItemFailed) and o.result.code == "model_error"}
+    return min((item.prepared for item in batch if item.key not in failed), key=lambda p: p.cost, default=None)
+
+
+def _require_works(model: Model, proof: Prepared, error: ItemFailed) -> None:
+    try:
+        model.embed([proof])
+    except BaseException:  # noqa: BLE001 - as in _halving
+        raise WorkerError(
+            f"the model fails even on what it has embedded before, so no item is to blame: {error.detail}"
+        ) from None
 
 
 def _halving(model: Model, batch: Sequence[Ready], dim: int) -> Iterator[Outcome]:
     try:
         vectors = model.embed([item.prepared for item in batch])
-    except Exception as error:  # noqa: BLE001 - whatever a model raises is about these items, and is recorded with them
+    # Whatever a model raises is about these items, and is recorded with them. Not only an Exception: libraries call
+    # sys.exit, and those in Rust panic.
+    except BaseException as error:  # noqa: BLE001
         if len(batch) == 1:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             yield _outcome(batch[0], ItemFailed("model_error", reason))
@@ -65,11 +87,13 @@ def _halving(model: Model, batch: Sequence[Ready], dim: int) -> Iterator[Outcome
 
 def _checked(vector: NDArray[np.float32]) -> NDArray[np.float32] | ItemError:
     # Of the squares, as pgvector computes norms and cosines in float32 too: what overflows there is of no use.
-    norm = float(np.dot(vector, vector))
+    with np.errstate(over="ignore"):
+        vector = vector.astype(np.float32, copy=False)
+        norm = float(np.dot(vector, vector))
     if not np.isfinite(norm):
-        return ItemFailed("not_finite", "the model's vector holds NaN or infinity")
+        return ItemFailed("not_finite", "the model's vector holds NaN, infinity or numbers whose squares overflow")
     if norm == 0:
-        return ItemFailed("zero_vector", "the model's vector is all zeros")
+        return ItemFailed("zero_vector", "the model's vector is all zeros, or numbers whose squares vanish")
     return vector
 
 
@@ -100,13 +124,15 @@ class Waiting:
             self._bytes += item.prepared.array.nbytes
             self._changed.notify_all()
 
-    def take(self, max_cost: int, over: Callable[[], bool]) -> list[Ready]:
-        """The next batch: what is waiting, up to `max_cost`, at least one item. Empty as soon as it is `over`.
+    def take(self, max_cost: int, over: Callable[[], bool], patience: float = math.inf) -> list[Ready]:
+        """The next batch: what is waiting, up to `max_cost`, at least one item.
 
+        Empty as soon as it is `over`, and when nothing has come for `patience` seconds.
         It does not wait for a batch to fill up: a device that is idle is worse than a batch that is small.
         """
         with self._changed:
-            while not over() and not self._items:
+            until = time.monotonic() + patience
+            while not over() and not self._items and time.monotonic() < until:
                 self._changed.wait(0.05)
             if over():
                 return []

@@ -8,6 +8,8 @@ The only module where models and the database meet.
 
 from __future__ import annotations
 
+import contextlib
+import math
 import queue
 import threading
 from collections.abc import Sequence
@@ -15,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from embstore.catalog import ItemRow
-from embstore.db.engine import Database
-from embstore.errors import ItemError, ItemFailed
-from embstore.extract.batching import Outcome, Ready, Waiting, embed_each
+from embstore.db.engine import PATIENCE, Database
+from embstore.errors import DatabaseError, ItemError, ItemFailed
+from embstore.extract.batching import Outcome, Ready, Waiting, embed_each, embeddable
 from embstore.extract.ledger import Ledger
-from embstore.models.base import Model, Recipe
+from embstore.models.base import Model, Prepared, Recipe
 from embstore.queue import LEASE_SECONDS, Queue
 from embstore.settings import Settings
 from embstore.supervise import Committed, Leased
@@ -27,6 +29,8 @@ from embstore.workers import Channel
 
 WAITING_BYTES = 512 << 20
 """Decoded items that may wait for the device, in bytes, in one worker."""
+_DOUBT_SECONDS = 1.0
+"""How long a model that has failed from the start is given other items to prove itself on."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class Job:
     device: str
     decoders: int
     lease_seconds: float = LEASE_SECONDS
+    patience: float = PATIENCE
 
 
 def extraction_queue(dataset_id: int, model_id: int) -> Queue:
@@ -58,7 +63,7 @@ def extraction_queue(dataset_id: int, model_id: int) -> Queue:
 def work(channel: Channel, job: Job) -> None:
     """Body of a worker process: until no item of the job is pending, or until told to stop."""
     model = job.recipe.load(job.device)
-    database = Database(job.settings, pool_size=1)
+    database = Database(job.settings, pool_size=1, patience=job.patience)
     try:
         _Pipeline(channel, job, model, database).run()
     finally:
@@ -104,9 +109,20 @@ class _Pipeline:
             raise self._error
 
     def _feed_device(self) -> None:
-        while batch := self._waiting.take(self._model.max_cost, self._over):
-            for outcome in embed_each(self._model, batch, self._job.recipe.dim):
-                self._ledger.put(outcome)
+        proof: Prepared | None = None
+        doubtful: list[Ready] = []
+        while not self._over():
+            fresh = self._waiting.take(self._model.max_cost, self._over, _DOUBT_SECONDS if doubtful else math.inf)
+            batch = doubtful + fresh
+            if not batch or self._over():
+                return
+            outcomes = list(embed_each(self._model, batch, self._job.recipe.dim, proof))
+            proof = embeddable(batch, outcomes) or proof
+            # As long as the model has embedded nothing at all, a failure is not yet an item's fault.
+            doubtful = batch if proof is None and fresh else []
+            if not doubtful:
+                for outcome in outcomes:
+                    self._ledger.put(outcome)
 
     def _over(self) -> bool:
         return self._stopping.is_set() or self._books_closed.is_set()
@@ -124,7 +140,9 @@ class _Pipeline:
                 prepared = self._model.prepare(root / row.path, row.start, row.duration)
             except ItemError as error:
                 self._ledger.put(Outcome(row.item_id, 0.0, error))
-            except Exception as error:  # noqa: BLE001 - a decoder's surprise concerns this file alone
+            # A decoder's surprise concerns this file alone. Not only an Exception: a panic in a library written in
+            # Rust is none, and would end this thread; nobody would hear of the file again.
+            except BaseException as error:  # noqa: BLE001
                 words = f"{type(error).__name__}: {error}".splitlines()[0]
                 self._ledger.put(Outcome(row.item_id, 0.0, ItemFailed("decode_error", words)))
             else:
@@ -144,8 +162,16 @@ class _Pipeline:
             self._ledger.claimant.leave()
         except BaseException as error:  # noqa: BLE001 - raised again in the main thread
             self._error = error
+            self._give_back()
         finally:
             self._books_closed.set()
+
+    def _give_back(self) -> None:
+        """Release what is claimed, if the database lets us: no item is to blame for what ends this worker."""
+        token = self._ledger.claimant.token
+        with contextlib.suppress(DatabaseError), self._database.begin() as connection:
+            for task in self._job.tasks:
+                extraction_queue(task.dataset_id, self._job.model_id).release(connection, token)
 
     def _serve(self, work: Queue) -> None:
         self._ledger.serve(work)

@@ -5,16 +5,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from embstore import catalog
 from embstore.catalog import Dataset
-from embstore.db.engine import Database
+from embstore.db.engine import PATIENCE, Database
 from embstore.extract.devices import Plan
 from embstore.extract.pipeline import Job, Task, extraction_queue, work
 from embstore.models.base import Recipe
 from embstore.progress import Display
+from embstore.queue import LEASE_SECONDS
 from embstore.register import Registered, enqueue, register
 from embstore.settings import Settings
 from embstore.sources import Source
@@ -52,7 +54,15 @@ def extract(
         for dataset in datasets:
             enqueue(connection, dataset.dataset_id, model_id)
     tasks = tuple(Task(dataset.dataset_id, dataset.root) for dataset in datasets)
-    jobs = [Job(settings, recipe, model_id, tasks, device, plan.decoders) for device in plan.devices]
+    limits = _limits()
+    jobs = [Job(settings, recipe, model_id, tasks, device, plan.decoders, *limits) for device in plan.devices]
     shares = [Share(dataset, extraction_queue(dataset.dataset_id, model_id)) for dataset in datasets]
     run = Run(database, "extract", model_id, shares, parameters)
     return run.go(work, lambda _runs: jobs, show=show, environ=plan.environ)
+
+
+def _limits() -> tuple[float, float]:
+    """Seconds of a lease, and of patience with the database; tests that wait for them to pass make them shorter."""
+    lease = float(os.environ.get("EMBSTORE_TEST_LEASE_SECONDS", LEASE_SECONDS))
+    patience = float(os.environ.get("EMBSTORE_TEST_PATIENCE_SECONDS", PATIENCE))
+    return lease, patience

@@ -163,7 +163,10 @@ class Resemblyzer:
 
         Raises ItemFailed, and ItemSkipped `too_short` (under 0.15 s) or `no_speech`.
         """
-        sound = audio.read(path, start, duration, mel.SAMPLE_RATE)
+        return self.prepare_audio(audio.read(path, start, duration, mel.SAMPLE_RATE))
+
+    def prepare_audio(self, sound: audio.Audio) -> Prepared:
+        """The part of `prepare` that comes after decoding, for audio at 16 kHz. Raises ItemSkipped as it does."""
         if len(sound.samples) < _MIN_SAMPLES:
             raise ItemSkipped("too_short", f"{sound.seconds:.3g} s; speech is found in 0.15 s or more")
         speech = vad.keep_speech(vad.raise_volume(sound.samples))

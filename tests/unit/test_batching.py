@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from embstore.errors import ItemError, ItemFailed, WorkerError
-from embstore.extract.batching import Outcome, Ready, Waiting, embed_each
+from embstore.extract.batching import Outcome, Ready, Waiting, embed_each, embeddable
 from embstore.models.base import Prepared
 
 DIM = 3
@@ -89,6 +89,25 @@ def test_when_every_item_fails_none_is_to_blame() -> None:
     assert [code(o) for o in embed_each(Sums(range(3)), [ready(key) for key in range(3)], DIM)] == ["model_error"] * 3
 
 
+def test_what_the_model_could_embed_before_tells_whether_it_still_works() -> None:
+    """Four items in a row may well be bad; a device that is lost fails on what it has embedded before, too."""
+    proof = ready(9).prepared
+    bad = [ready(key) for key in range(4)]
+    assert [code(o) for o in embed_each(Sums(range(4)), bad, DIM, proof)] == ["model_error"] * 4
+    with pytest.raises(WorkerError, match=r"even on what it has embedded before, .*: ValueError: cannot add up$"):
+        list(embed_each(Sums(range(10)), bad[:1], DIM, proof))
+    unneeded = Sums()
+    list(embed_each(unneeded, bad, DIM, proof))
+    assert unneeded.calls == 1
+
+
+def test_the_cheapest_item_that_the_model_did_not_fail_on_is_the_proof() -> None:
+    batch = [ready(0, cost=1), ready(1, cost=7), ready(2, cost=5)]
+    proof = embeddable(batch, list(embed_each(Sums([0]), batch, DIM)))
+    assert proof is batch[2].prepared
+    assert embeddable(batch[:1], list(embed_each(Sums([0]), batch[:1], DIM))) is None
+
+
 @pytest.mark.parametrize(
     ("vector", "expected"),
     [
@@ -146,6 +165,10 @@ def test_taking_waits_for_an_item_or_for_the_end() -> None:
         assert taken.result() == []
     waiting.put(ready(8))
     assert waiting.take(10, over.is_set) == []
+
+
+def test_taking_gives_up_when_nothing_comes() -> None:
+    assert Waiting(10**6).take(10, never, patience=0.1) == []
 
 
 def test_what_waits_is_bounded_in_bytes() -> None:

@@ -3,55 +3,67 @@
 from __future__ import annotations
 
 import struct
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from embstore.db.copy import decode as embstore_decode
-from embstore.db.copy import encode
+from embstore.db.copy import Column, decode, encode
+
+INT8, FLOAT4, FLOAT8 = np.dtype(np.int64), np.dtype(np.float32), np.dtype(np.float64)
 
 
-def decode(data: bytes, keys: int) -> list[tuple[list[int], NDArray[np.float32]]]:
-    """Rows of integer keys and a vector, by the manual: every length is believed, none is assumed."""
+def take_apart(data: bytes) -> list[list[bytes]]:
+    """The fields of rows, by the manual: every length is believed, none is assumed."""
     signature, flags, extension = struct.unpack_from(">11sii", data)
     assert (signature, flags, extension) == (b"PGCOPY\n\xff\r\n\0", 0, 0)
-    at, rows = 19, []
+    at, rows = 19, list[list[bytes]]()
     while True:
         (fields,) = struct.unpack_from(">h", data, at)
         at += 2
         if fields == -1:
             assert at == len(data)
             return rows
-        assert fields == keys + 1
-        values = []
+        row = []
         for _ in range(fields):
             (length,) = struct.unpack_from(">i", data, at)
-            values.append(data[at + 4 : at + 4 + length])
+            row.append(data[at + 4 : at + 4 + length])
             at += 4 + length
-        dim, unused = struct.unpack_from(">hh", values[-1])
-        assert unused == 0
-        vector = np.frombuffer(values[-1][4:], dtype=">f4")
-        assert len(vector) == dim
-        rows.append(([int.from_bytes(value, "big", signed=True) for value in values[:-1]], vector))
+        rows.append(row)
+
+
+def put_together(*rows: list[bytes | None]) -> memoryview:
+    """Rows as a server sends them, nulls included."""
+    data = b"PGCOPY\n\xff\r\n\0" + bytes(8)
+    for row in rows:
+        data += struct.pack(">h", len(row))
+        for field in row:
+            data += struct.pack(">i", -1) if field is None else struct.pack(">i", len(field)) + field
+    return memoryview(data + b"\xff\xff")
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
 @pytest.mark.parametrize("dim", [1, 2, 257])
 def test_rows_say_their_own_lengths(count: int, dim: int) -> None:
     vectors = np.random.default_rng(0).standard_normal((count, dim)).astype(np.float32)
-    keys: dict[str, NDArray[np.integer]] = {
+    keys: dict[str, NDArray[Any]] = {
         "a": np.arange(count, dtype=np.int16) - 1,
         "b": np.full(count, 2**31 - 1, dtype=np.int32),
         "c": np.full(count, -(2**40), dtype=np.int64),
+        "d": np.full(count, 0.1),
     }
-    rows = decode(encode({**keys, "embedding": vectors}).read(), keys=3)
-    assert [key for key, _ in rows] == [[i - 1, 2**31 - 1, -(2**40)] for i in range(count)]
-    assert all(np.array_equal(got, want) for (_, got), want in zip(rows, vectors, strict=True))
+    rows = take_apart(encode({"vector": vectors} | keys).read())
+    assert [struct.unpack(">hiqd", b"".join(row[1:])) for row in rows] == [
+        (i - 1, 2**31 - 1, -(2**40), 0.1) for i in range(count)
+    ]
+    for row, vector in zip(rows, vectors, strict=True):
+        assert struct.unpack_from(">hh", row[0]) == (dim, 0)
+        assert row[0][4:] == vector.astype(">f4").tobytes()
 
 
 def test_a_row_is_what_the_manual_says_byte_for_byte() -> None:
-    data = encode({"key": np.array([258], dtype=np.int32), "vector": np.array([[1.0, -0.0]], dtype=np.float32)}).read()
+    data = encode({"key": np.array([258], dtype=np.int32), "v": np.array([[1.0, -0.0]], dtype=np.float32)}).read()
     row = "0002 00000004 00000102 0000000c 0002 0000 3f800000 80000000"
     assert data == b"PGCOPY\n\xff\r\n\0" + bytes(8) + bytes.fromhex(row) + b"\xff\xff"
 
@@ -59,30 +71,57 @@ def test_a_row_is_what_the_manual_says_byte_for_byte() -> None:
 def test_arrays_in_any_order_of_bytes_and_memory_come_out_the_same() -> None:
     vectors = np.arange(12, dtype=np.float32).reshape(3, 4)
     keys = np.array([1, 2, 3], dtype=np.int64)
-    plain = encode({"key": keys, "vector": vectors}).read()
-    odd = encode({"key": keys.astype(">i8"), "vector": np.asfortranarray(vectors.astype(">f4"))}).read()
-    every_other = encode({"key": np.repeat(keys, 2)[::2], "vector": np.repeat(vectors, 2, axis=0)[::2]}).read()
+    plain = encode({"key": keys, "v": vectors}).read()
+    odd = encode({"key": keys.astype(">i8"), "v": np.asfortranarray(vectors.astype(">f4"))}).read()
+    every_other = encode({"key": np.repeat(keys, 2)[::2], "v": np.repeat(vectors, 2, axis=0)[::2]}).read()
     assert plain == odd == every_other
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_keys_and_vectors_must_be_as_many(count: int) -> None:
-    with pytest.raises(ValueError, match="broadcast"):
-        encode({"key": np.arange(count, dtype=np.int32), "vector": np.ones((3, 2), dtype=np.float32)})
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_columns_must_be_of_one_length(count: int) -> None:
+    """One row least of all: numpy would repeat it for every key."""
+    with pytest.raises(ValueError, match="different lengths"):
+        encode({"key": np.arange(3, dtype=np.int32), "v": np.ones((count, 2), dtype=np.float32)})
 
 
-def test_what_is_written_can_be_read_back() -> None:
-    columns = {
-        "id": np.array([1, 2], dtype=np.int64),
-        "score": np.array([0.5, -1.25], dtype=np.float32),
-        "vector": np.array([[1.0, 2.0, 3.0], [4.0, 5.0, np.inf]], dtype=np.float32),
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_what_was_encoded_is_decoded(count: int) -> None:
+    dice = np.random.default_rng(count)
+    columns: dict[str, NDArray[Any]] = {
+        "short": dice.integers(-(2**15), 2**15, count).astype(np.int16),
+        "vector": dice.standard_normal((count, 3)).astype(np.float32),
+        "number": dice.standard_normal(count),
+        "one": dice.standard_normal((count, 1)).astype(np.float32),
     }
-    shapes = {
-        "id": (np.dtype(np.int64), None),
-        "score": (np.dtype(np.float32), None),
-        "vector": (np.dtype(np.float32), 3),
-    }
-    back = embstore_decode(encode(columns).getbuffer(), shapes)
-    assert all(np.array_equal(back[name], values) for name, values in columns.items())
-    with pytest.raises(ValueError, match="rows of"):
-        embstore_decode(encode(columns).getbuffer(), {**shapes, "vector": (np.dtype(np.float32), 4)})
+    types: dict[str, Column] = {n: (v.dtype, v.shape[1] if v.ndim == 2 else None) for n, v in columns.items()}
+    decoded = decode(encode(columns).getbuffer(), types)
+    assert list(decoded) == list(columns)
+    for name, values in columns.items():
+        assert decoded[name].dtype == values.dtype
+        assert decoded[name].dtype.isnative
+        assert np.array_equal(decoded[name], values)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        pytest.param([[bytes(8), None], [bytes(8), bytes(8)]], id="a null"),
+        pytest.param([[None, None]] * 11, id="nulls, and by chance the length of 3 rows without"),
+        pytest.param([[bytes(8), bytes(4)]], id="a real for a double"),
+        pytest.param([[bytes(4), bytes(12)]], id="two other types that are as long together"),
+        pytest.param([[bytes(8)]], id="a column too few"),
+        pytest.param([[bytes(8), bytes(8), b""]], id="a column too many"),
+        pytest.param([[bytes(4), bytes(4), bytes(4)]], id="another number of columns, as long together"),
+    ],
+)
+def test_rows_of_other_types_than_expected_are_refused(rows: list[list[bytes | None]]) -> None:
+    with pytest.raises(ValueError, match=r"expected|null"):
+        decode(put_together(*rows), {"key": (INT8, None), "number": (FLOAT8, None)})
+
+
+def test_vectors_of_another_dimension_are_refused() -> None:
+    data = encode({"v": np.ones((4, 3), dtype=np.float32)}).getbuffer()
+    assert decode(data, {"v": (FLOAT4, 3)})["v"].shape == (4, 3)
+    for dim in (1, 2, 4, 5):
+        with pytest.raises(ValueError, match=r"expected|null"):
+            decode(data, {"v": (FLOAT4, dim)})

@@ -1,0 +1,209 @@
+"""Vectors in, vectors out: bit for bit, each with its own row, and never one without the other's `done`."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from helpers import Facts, ask, at_once, entry, extraction, fill, vectors_of
+from numpy.typing import NDArray
+from sqlalchemy import Connection, text
+
+from embstore import catalog, vectors
+from embstore.db.engine import Database
+from embstore.errors import DatabaseError, ModelError
+from embstore.queue import Queue, take_lease
+from embstore.register import enqueue, register
+
+
+def write(connection: Connection, queue: Queue, matrix: NDArray[np.float32]) -> list[int]:
+    """Claim as many items as there are vectors, and write these."""
+    token = take_lease(connection)
+    keys = queue.claim(connection, token, len(matrix))
+    vectors.write(connection, queue, token, keys, matrix)
+    return keys
+
+
+def read(database: Database, queue: Queue) -> dict[int, NDArray[np.float32]]:
+    """What is stored, taken apart from pgvector's own binary form: dim and unused as int16, then float32."""
+    table = f"embstore.embedding_{queue.scope['model_id']}"
+    sql = f"SELECT item_id, vector_send(embedding) FROM {table} WHERE dataset_id = :d ORDER BY item_id"
+    rows = ask(database, sql, d=queue.scope["dataset_id"])
+    return {key: np.frombuffer(bytes(value)[4:], dtype=">f4") for key, value in rows}
+
+
+def bits(vector: NDArray[np.float32]) -> bytes:
+    return vector.astype("<f4").tobytes()
+
+
+@pytest.mark.parametrize("dim", [1, 2, 256, 1900, 1901, 2000, 16000])
+def test_vectors_come_back_bit_for_bit_with_their_own_rows(database: Database, dim: int) -> None:
+    dice = np.random.default_rng(dim)
+    matrix = dice.integers(0, 2**32, (9, dim), dtype=np.uint32).view(np.float32)  # subnormal, negative zero, 1e38
+    matrix = np.where(np.isfinite(matrix), matrix, np.float32(-0.0))
+    matrix[:, 0] = [1e-45, 3.4028235e38, -1, 1, 2, 3, 4, 5, 6]
+    with database.begin() as connection:
+        queue = fill(connection, 12, model=Facts(dim=dim))
+        token = take_lease(connection)
+        keys = queue.claim(connection, token, 10)
+        shuffled = [int(key) for key in dice.permutation(keys[:8])]
+        vectors.write(connection, queue, token, shuffled, matrix[:8])
+        vectors.write(connection, queue, token, [keys[9]], matrix[8:])
+    stored = read(database, queue)
+    assert list(stored) == [*keys[:8], keys[9]]
+    for key, vector in zip([*shuffled, keys[9]], matrix, strict=True):
+        assert bits(stored[key]) == bits(vector)
+    assert dict(ask(database, "SELECT status, count(*) FROM embstore.extraction GROUP BY 1")) == {
+        "done": 9,
+        "running": 1,
+        "pending": 2,
+    }
+
+
+def test_a_matrix_in_any_memory_layout_is_stored_the_same(database: Database) -> None:
+    matrix = vectors_of(8, 6)
+    with database.begin() as connection:
+        queue = fill(connection, 12, model=Facts(dim=3))
+        keys = write(connection, queue, matrix[::2, ::-2])
+        keys += write(connection, queue, np.asfortranarray(matrix[:4, :3]))
+        keys += write(connection, queue, matrix[4:, 3:].astype(">f4"))
+    stored = read(database, queue)
+    expected = np.concatenate([matrix[::2, ::-2], matrix[:4, :3], matrix[4:, 3:]])
+    assert all(bits(stored[key]) == bits(row) for key, row in zip(keys, expected, strict=True))
+
+
+def test_writing_again_after_a_lost_answer_changes_nothing(database: Database) -> None:
+    with database.begin() as connection:
+        queue = fill(connection, 5)
+        token = take_lease(connection)
+        keys = queue.claim(connection, token, 5)
+        vectors.write(connection, queue, token, keys[1:3], vectors_of(2))
+    before = read(database, queue)
+    with database.begin() as connection:
+        vectors.write(connection, queue, token, keys[1:3], vectors_of(2))
+        vectors.write(connection, queue, token, keys, np.ones((5, 3), np.float32))
+        vectors.write(connection, queue, token, [], np.empty((0, 3), np.float32))
+    after = read(database, queue)
+    assert list(after) == keys
+    assert [bits(after[key]) for key in keys[1:3]] == [bits(before[key]) for key in keys[1:3]]
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        ([[1, 2], [3, 4]], "embedding_1_vector"),
+        ([[1, 2, 3, 4], [5, 6, 7, 8]], "embedding_1_vector"),
+        ([[1, 2, 3], [0, 0, -0.0]], "embedding_1_vector"),
+        ([[1, 2, 3], [4, float("nan"), 6]], "NaN not allowed in vector"),
+        ([[1, 2, 3], [4, float("-inf"), 6]], "infinite value not allowed in vector"),
+    ],
+)
+def test_the_database_itself_refuses_what_is_no_vector_of_the_model(
+    database: Database, bad: list[list[float]], words: str
+) -> None:
+    with database.begin() as connection:
+        queue = fill(connection, 2)
+    with pytest.raises(DatabaseError, match=words), database.begin() as connection:
+        write(connection, queue, np.array(bad, dtype=np.float32))
+    assert ask(database, "SELECT DISTINCT status FROM embstore.extraction") == [("pending",)]
+    assert ask(database, "SELECT count(*) FROM embstore.embedding") == [(0,)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 100])
+def test_pages_come_by_position_and_leave_out_what_has_no_vector(database: Database, size: int) -> None:
+    with database.begin() as connection:
+        queue = fill(connection, 6)
+        matrix = vectors_of(4)
+        keys = write(connection, queue, matrix)
+        write(connection, fill(connection, 6, dataset="books"), vectors_of(6, seed=1))
+        register(connection, queue.scope["dataset_id"], [entry(f"{i:04}.wav") for i in (5, 3, 1, 4, 0)])  # 2 vanished
+    with database.begin() as connection:
+        pages = list(vectors.ordered(connection, queue.scope["dataset_id"], queue.scope["model_id"], 3, size=size))
+    assert [len(page.positions) for page in pages] == [size] * (4 // size) + [4 % size] * (4 % size > 0)
+    assert np.concatenate([page.positions for page in pages]).tolist() == [1, 2, 4, 5]
+    assert np.concatenate([page.item_ids for page in pages]).tolist() == [keys[i] for i in (3, 1, 0, 2)]
+    assert bits(np.concatenate([page.vectors for page in pages])) == bits(matrix[[3, 1, 0, 2]])
+
+
+def test_the_view_shows_typed_vectors_beside_their_items(database: Database) -> None:
+    model = Facts(name="Wide-256 v2", dim=256)
+    with database.begin() as connection:
+        entries = [entry("b.wav", "ann"), entry("a.wav", None, start=1.5, duration=2.0), entry("c.wav")]
+        queue = fill(connection, entries, model=model)
+        fill(connection, 2, dataset="books", model=Facts(name="other"))
+        keys = write(connection, queue, vectors_of(2, 256))
+    view = vectors.view_name(model.name)
+    assert view == "embeddings_wide_256_v2"
+    found = ask(database, f"SELECT dataset, item_id, position, path, start, speaker FROM {view} ORDER BY position")
+    assert found == [("calls", keys[0], 0, "b.wav", None, "ann"), ("calls", keys[1], 1, "a.wav", 1.5, None)]
+    types = "SELECT format_type(atttypid, atttypmod) FROM pg_attribute WHERE attname = 'embedding' AND attrelid = "
+    assert ask(database, f"{types} '{view}'::regclass") == [("vector(256)",)]
+
+
+def test_vectors_that_fit_stay_in_the_row(database: Database) -> None:
+    with database.begin() as connection:
+        for dim in (1900, 1901):
+            catalog.ensure_model(connection, Facts(name=f"d{dim}", dim=dim))
+    storage = "SELECT attstorage FROM pg_attribute WHERE attname = 'embedding' AND attrelid = "
+    assert ask(database, f"{storage} 'embstore.embedding_1'::regclass") == [("p",)]
+    assert ask(database, f"{storage} 'embstore.embedding_2'::regclass") == [("e",)]
+
+
+def test_models_whose_views_would_have_one_name_get_one_each(database: Database) -> None:
+    with database.begin() as connection:
+        fill(connection, 1)
+        for name in ("a-b.4", "a_b", "a-b", "A b", "模型", "声音", "m" * 70, "m" * 71):
+            dataset = catalog.get_dataset(connection, "calls")
+            model_id = catalog.ensure_model(connection, Facts(name=name, dim=model_dim(name)))
+            enqueue(connection, dataset.dataset_id, model_id)
+            write(connection, extraction(dataset.dataset_id, model_id), vectors_of(1, model_dim(name)))
+    views = [row[0] for row in ask(database, "SELECT viewname FROM pg_views WHERE viewname LIKE 'embeddings%'")]
+    assert len(views) == len(set(views)) == 9
+    dims = sorted(row[0] for view in views for row in ask(database, f'SELECT vector_dims(embedding) FROM "{view}"'))
+    assert dims == sorted(model_dim(n) for n in ("a-b.4", "a_b", "a-b", "A b", "模型", "声音", "m" * 70, "m" * 71))
+
+
+def model_dim(name: str) -> int:
+    return sum(map(ord, name)) % 1000 + 1
+
+
+def test_a_model_is_made_once_and_uses_up_no_numbers(database: Database) -> None:
+    def ensure() -> int:
+        with database.begin() as connection:
+            return catalog.ensure_model(connection, Facts())
+
+    assert set(at_once(ensure, ensure, ensure)) == {1}
+    for _ in range(5):
+        assert ensure() == 1
+    with database.begin() as connection:
+        following = catalog.ensure_model(connection, Facts(name="next"))
+    assert following <= 4  # those that came too late, at once, took a number each
+
+
+def test_other_weights_under_the_same_name_are_refused(database: Database) -> None:
+    with database.begin() as connection:
+        catalog.ensure_model(connection, Facts())
+    words = r"'small' .*fingerprint ffff, stored 0123456789ab"
+    with pytest.raises(ModelError, match=words), database.begin() as connection:
+        catalog.ensure_model(connection, Facts(weights="ffff"))
+    assert ask(database, "SELECT name, fingerprint FROM embstore.model") == [("small", "0123456789abcdef")]
+
+
+@pytest.mark.parametrize(
+    ("delete", "items", "extractions", "embeddings"),
+    [
+        ("embstore.extraction WHERE dataset_id = 1 AND item_id <= 2", 10, 8, 8),
+        ("embstore.item WHERE dataset_id = 1 AND item_id <= 2", 8, 8, 8),
+        ("embstore.dataset WHERE dataset_id = 1", 5, 5, 5),
+        ("embstore.dataset", 0, 0, 0),
+    ],
+)
+def test_what_belongs_to_a_deleted_row_goes_with_it(
+    database: Database, delete: str, items: int, extractions: int, embeddings: int
+) -> None:
+    with database.begin() as connection:
+        for dataset in ("calls", "books"):
+            write(connection, fill(connection, 5, dataset=dataset), vectors_of(5))
+    with database.begin() as connection:
+        connection.execute(text(f"DELETE FROM {delete}"))
+    for table, count in (("item", items), ("extraction", extractions), ("embedding", embeddings)):
+        assert ask(database, f"SELECT count(*) FROM embstore.{table}") == [(count,)], table
