@@ -206,8 +206,10 @@ def _strengths(stretch: Stretch, threshold: float) -> Floats:
         saved = gains(sums, half)
         best = np.maximum(best, np.where(peaks(saved, half // 2) & (saved > threshold), saved, 0))
     padded = np.pad(best, _NEAR)
-    near: Floats = np.lib.stride_tricks.sliding_window_view(padded, 2 * _NEAR + 1).max(axis=1)
-    return near[stretch.begin - low : stretch.end - low]
+    near = np.lib.stride_tricks.sliding_window_view(padded, 2 * _NEAR + 1).max(axis=1)
+    # Where only the strongest are kept, a peak must not be lost to the places beside a stronger one.
+    strengths: Floats = np.maximum(best, 0.5 * near)
+    return strengths[stretch.begin - low : stretch.end - low]
 
 
 def _partition(blocks: Iterator[Candidates], least: int) -> Iterator[Segment]:

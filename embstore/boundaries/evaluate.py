@@ -44,7 +44,7 @@ class Evaluation:
     agreements: list[Agreement]
     """One for each tolerance."""
     purity: float
-    """Share of the items that belong to the main speaker of their found segment: low where speakers were put together."""
+    """Share of the items that belong to the main speaker of their found segment: low where speakers are together."""
     coverage: float
     """Share of the items that lie in the main found segment of their true one: low where a speaker was cut up."""
 

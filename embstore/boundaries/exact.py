@@ -16,7 +16,7 @@ from embstore.boundaries.stream import Floats
 
 OUTRIGHT = 2000
 """Places up to which the optimum is computed outright."""
-_A_SEGMENT = 4
+_A_SEGMENT = 8
 _ROUNDS = 60
 
 
@@ -105,20 +105,21 @@ def _costs(places: list[Place], least: int) -> Floats:
 
 
 def _by_penalty(start: Place, places: list[Place], end: Place, segments: int, least: int) -> tuple[list[Segment], bool]:
-    """Halve the interval of the penalty until the number of segments is right; else thin out the next finer one."""
-    low, high = 0.0, float(end.count)
-    finest = _penalised(start, places, end, low, least)
+    """Double the penalty until there are too few segments, then halve the interval; at last thin out the finer side."""
+    finest = _penalised(start, places, end, 0.0, least)
+    low, high = 0.0, end.squares / max(end.count, 1) / 100
+    doubling = True
     for _ in range(_ROUNDS):
-        if len(finest) <= segments:
+        if len(finest) <= segments or high - low < 1e-9 * high:
             break
-        middle = 0.5 * (low + high)
+        middle = high if doubling else 0.5 * (low + high)
         found = _penalised(start, places, end, middle, least)
         if len(found) < segments:
-            high = middle
+            high, doubling = middle, False
         else:
             low, finest = middle, found
-    hit = len(finest) == segments
-    return _thinned(finest, segments), hit
+            high = 2 * middle if doubling else high
+    return _thinned(finest, segments), len(finest) == segments
 
 
 def _penalised(start: Place, places: list[Place], end: Place, penalty: float, least: int) -> list[Segment]:

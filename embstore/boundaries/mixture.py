@@ -2,15 +2,16 @@
 
 The files left of the window train one mixture, those right of it another. Each file of the window is judged by the
 logarithm of its likelihood ratio; the split is where the sum of those, for what is left of it, is largest: the most
-likely change from the one model to the other. Reynolds, Rose 1995, "Robust text-independent speaker identification using
-Gaussian mixture speaker models", for the models; Page 1954, "Continuous inspection schemes", for the running sum.
+likely change from the one model to the other. The models are those of Reynolds, Rose 1995, "Robust text-independent
+speaker identification using Gaussian mixture speaker models", the running sum is that of Page 1954, "Continuous
+inspection schemes".
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,9 +19,6 @@ from numpy.typing import NDArray
 from embstore.boundaries.result import Result, Windows
 from embstore.boundaries.similarity import CONTEXT, Search, Walk, lowest_similarity
 from embstore.boundaries.stream import Floats, noise
-
-if TYPE_CHECKING:
-    from sklearn.mixture import GaussianMixture
 
 COMPONENTS = 2
 _DIMENSIONS = 12
@@ -44,8 +42,8 @@ def detect(
 ) -> Result:
     """Find the boundaries of an ordered set whose segments have about `segment_size` files.
 
-    `components`: Gaussians a side; fewer where a side has fewer than 20 files for each. Where a mixture can't be fitted,
-    the place is judged by `cosine`, and the notes say so. All else is as in `similarity.detect`.
+    `components`: Gaussians a side; fewer where a side has fewer than 20 files for each. Where a mixture can't be
+    fitted, the place is judged by `cosine`, and the notes say so. All else is as in `similarity.detect`.
     """
     if components < 1:
         raise ValueError(f"components is {components}, and must be 1 or more")
@@ -103,7 +101,7 @@ def _directions(left: NDArray[np.float32], right: NDArray[np.float32]) -> NDArra
     return np.concatenate([apart[None, :], main]).T.astype(np.float32)
 
 
-def _fit(rows: Floats, components: int, spread: float, notes: list[str]) -> GaussianMixture:
+def _fit(rows: Floats, components: int, spread: float, notes: list[str]) -> Any:
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.mixture import GaussianMixture
 

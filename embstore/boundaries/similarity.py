@@ -4,8 +4,8 @@ A change is expected `segment_size` files after the last one found, and searched
 What lies left is the mean of the files from `context` before the window up to the split, what lies right the mean from
 there to `context` after the window: as at least `context` files are on each side, no split is judged by a handful.
 Where the best split lies at the window's edge, or nothing changes, the change is further away: the window is doubled
-then, up to half a segment, so that one segment of an odd length does not lose all that follow. What is found so is judged
-once more in a window of the asked size around it.
+then, up to half a segment, so that one segment of an odd length does not lose all that follow. What is found so is
+judged once more, in a window of the asked size around it.
 """
 
 from __future__ import annotations
@@ -185,9 +185,7 @@ class Walk:
         asked = {"segment_size": self.segment_size, "boundary_window": self.boundary_window, "context": self.context}
         notes = [f"{note} ({count} of {len(self._expected)} places)" for note, count in self._notes.items()]
         if self._reach < self.boundary_window:
-            notes.append(
-                f"the window of {self.boundary_window} files was narrowed to {self._reach}, as it reached beyond"
-            )
+            notes.append(f"the window of {self.boundary_window} files was narrowed to {self._reach}, half a segment")
         if self._widened:
             notes.append(f"around {self._widened} of {len(self._expected)} expected places the window was widened")
         quiet = len(self._expected) - len(self._found)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-THRESHOLD = 0.75
+THRESHOLD = 0.85
 """Cosine of two voices' centroids from which on they are one; depends on the model."""
 
 

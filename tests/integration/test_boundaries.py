@@ -1,0 +1,216 @@
+"""Boundaries of real datasets in a real database: runs, rows, labels and back, through the command."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from numpy.typing import NDArray
+
+from embstore import vectors
+from embstore.cli.main import embstore
+from embstore.db.engine import Database
+from embstore.queue import Refusal, take_lease
+from tests.helpers import Facts, ask, entry, fill
+
+MODEL = Facts("voices", dim=16)
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(database_url: str) -> Run:
+    """The command on the test's database."""
+
+    def call(*arguments: str) -> Result:
+        return CliRunner().invoke(embstore, ["boundaries", *arguments, "--database-url", database_url])
+
+    return call
+
+
+def voices(lengths: list[int], dim: int = 16, seed: int = 0) -> tuple[NDArray[np.float32], list[int]]:
+    """Vectors of one speaker after the other, and the true boundaries."""
+    random = np.random.default_rng(seed)
+    centres = random.standard_normal((len(lengths), dim))
+    rows = np.repeat(centres, lengths, axis=0) + 0.3 * random.standard_normal((sum(lengths), dim))
+    return rows.astype(np.float32), np.cumsum(lengths)[:-1].tolist()
+
+
+def store(
+    database: Database, rows: NDArray[np.float32], *, dataset: str = "calls", missing: tuple[int, ...] = ()
+) -> None:
+    """A dataset with these vectors in order; the positions of `missing` have failed instead."""
+    with database.begin() as connection:
+        items = [entry(f"{i:05}.wav", "somebody") for i in range(len(rows))]
+        queue = fill(connection, items, dataset=dataset, model=MODEL)
+        token = take_lease(connection)
+        keys = queue.claim(connection, token, len(rows))
+        there = [i for i in range(len(rows)) if i not in missing]
+        vectors.write(connection, queue, token, [keys[i] for i in there], rows[there])
+        queue.refuse(connection, token, [Refusal(keys[i], "failed", "decode_error", "broken") for i in missing])
+
+
+def found(database: Database, number: int = 1) -> list[int]:
+    return [
+        row[0] for row in ask(database, "SELECT position FROM embstore.boundaries WHERE run = :n ORDER BY 1", n=number)
+    ]
+
+
+def test_a_run_leaves_boundaries_segments_and_a_score_at_every_position(database: Database, run: Run) -> None:
+    rows, truth = voices([40, 55, 33, 60])
+    store(database, rows)
+    result = run()
+    assert result.exit_code == 0, result.output
+    assert "run 1: 3 boundaries, 4 segments" in result.output
+    assert found(database) == truth
+    segments = ask(database, "SELECT first_position, last_position, items FROM embstore.segments ORDER BY segment")
+    assert segments == [(0, 39, 40), (40, 94, 55), (95, 127, 33), (128, 187, 60)]
+    scores = ask(database, "SELECT position, score FROM embstore.boundary_scores ORDER BY position")
+    assert [position for position, _ in scores] == list(range(188))
+    assert {position for position, score in scores if score > 0.5} >= set(truth)
+
+
+@pytest.mark.parametrize("method", ["auto", "cosine", "gmm"])
+def test_the_same_run_twice_gives_the_same_rows(database: Database, run: Run, method: str) -> None:
+    rows, truth = voices([100, 104, 97, 99])
+    store(database, rows)
+    for _ in range(2):
+        result = run("--method", method, "--segment-size", "100")
+        assert result.exit_code == 0, result.output
+    tables = {
+        "boundary": "position, score, confidence",
+        "segment": "segment, first_position, last_position",
+        "boundary_score": "position, score",
+    }
+    for table, columns in tables.items():
+        one, two = (
+            ask(database, f"SELECT {columns} FROM embstore.{table} WHERE boundary_run_id = :n ORDER BY 1", n=n)
+            for n in (1, 2)
+        )
+        assert one == two
+    assert found(database) == truth
+
+
+def test_items_without_a_vector_belong_to_what_is_around_them(database: Database, run: Run) -> None:
+    rows, _ = voices([40, 40])
+    store(database, rows, missing=(0, 10, 38, 39, 79))
+    assert run().exit_code == 0
+    assert found(database) == [40]
+    segments = ask(database, "SELECT first_position, last_position FROM embstore.segments ORDER BY segment")
+    assert segments == [(0, 39), (40, 79)]
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 5])
+def test_small_sets_have_no_boundary(database: Database, run: Run, count: int) -> None:
+    rows, _ = voices([count]) if count else (np.empty((0, 16), np.float32), [])
+    store(database, np.concatenate([rows, np.ones((1, 16), np.float32)]), missing=(count,))
+    result = run()
+    assert result.exit_code == 0, result.output
+    assert found(database) == []
+    assert ask(database, "SELECT first_position, last_position FROM embstore.segments") == [(0, count)]
+
+
+def test_several_datasets_are_shared_out(database: Database, run: Run) -> None:
+    truths = {}
+    for number in range(4):
+        rows, truths[f"set{number}"] = voices([50 + number, 40, 60], seed=number)
+        store(database, rows, dataset=f"set{number}")
+    result = run("--workers", "2", "--json")
+    assert result.exit_code == 0, result.output
+    reports = json.loads(result.stdout)
+    assert {report["dataset"] for report in reports} == set(truths)
+    for report in reports:
+        assert found(database, report["run"]) == truths[report["dataset"]]
+
+
+def test_labels_are_written_back_and_taken_away(database: Database, run: Run) -> None:
+    rows, _ = voices([40, 40, 40])
+    again = np.concatenate([rows, rows[:40]])
+    store(database, again)
+    assert run().exit_code == 0
+    result = run("apply", "1")
+    assert result.exit_code == 0, result.output
+    speakers = "SELECT speaker, count(*), min(position) FROM embstore.item GROUP BY speaker ORDER BY speaker"
+    assert ask(database, speakers) == [(f"speaker_00{n + 1}", 40, 40 * n) for n in range(4)]
+    assert ask(database, "SELECT count(*) FROM embstore.speaker_change WHERE speaker LIKE 'speaker\\_%'") == [(4,)]
+
+    refused = run("apply", "1")
+    assert refused.exit_code == 2
+    assert "embstore boundaries undo 1" in refused.output
+
+    assert run("undo", "1").exit_code == 0
+    assert ask(database, speakers) == [("somebody", 160, 0)]
+    assert run("undo", "1").exit_code == 2
+
+    assert run("apply", "1", "--merge-same").exit_code == 0
+    assert ask(database, speakers) == [("speaker_001", 80, 0), ("speaker_002", 40, 40), ("speaker_003", 40, 80)]
+
+
+def test_labels_are_not_written_onto_another_order(database: Database, run: Run) -> None:
+    rows, _ = voices([40, 40])
+    store(database, rows)
+    assert run().exit_code == 0
+    with database.begin() as connection:
+        connection.exec_driver_sql("UPDATE embstore.item SET position = 79 - position")
+    result = run("apply", "1")
+    assert result.exit_code == 2
+    assert "another order" in result.output
+    assert ask(database, "SELECT DISTINCT speaker FROM embstore.item") == [("somebody",)]
+
+
+def test_a_run_is_judged_by_the_truth(database: Database, run: Run, tmp_path: Path) -> None:
+    rows, truth = voices([40, 55, 33, 60])
+    store(database, rows)
+    assert run().exit_code == 0
+    file = tmp_path / "truth.csv"
+    file.write_text("position\n" + "\n".join(map(str, truth)), encoding="utf-8")
+    result = run("eval", "1", "--truth", str(file), "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["exact"] == {"precision": 1.0, "recall": 1.0, "f1": 1.0}
+    assert report["purity"] == report["coverage"] == 1.0
+    file.write_text("who\nx\n", encoding="utf-8")
+    wrong = run("eval", "1", "--truth", str(file))
+    assert (wrong.exit_code, "neither a column 'speaker' nor 'position'" in wrong.output) == (2, True)
+
+
+def test_errors_name_what_is_wrong(database: Database, run: Run) -> None:
+    for arguments, words in (
+        (("apply", "7"), "no boundary run 7"),
+        (("--dataset", "nowhere"), "no dataset 'nowhere'"),
+        (("--model", "nobody"), "no vectors by a model 'nobody'"),
+        (("--method", "magic"), "'magic' is not one of"),
+        (("--segment-size", "0"), "0 is not in the range"),
+    ):
+        result = run(*arguments)
+        assert result.exit_code == 2
+        assert words in result.output
+
+
+def test_a_killed_run_starts_over_and_leaves_nothing_behind(database: Database, database_url: str, run: Run) -> None:
+    rows, truth = voices([300] * 40)
+    store(database, rows)
+    command = [sys.executable, "-m", "embstore", "boundaries", "--method", "gmm", "--segment-size", "300"]
+    process = subprocess.Popen([*command, "--database-url", database_url], start_new_session=True)
+    while ask(database, "SELECT count(*) FROM embstore.boundary_run WHERE status = 'running'") == [(0,)]:
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert ask(database, "SELECT count(*) FROM embstore.boundary") == [(0,)]
+    # The dead worker's lease would hold the run for two minutes more.
+    ask_to_forget = "UPDATE embstore.lease SET expires_at = now() - interval '1 second'"
+    with database.begin() as connection:
+        connection.exec_driver_sql(ask_to_forget)
+    result = run("--method", "gmm", "--segment-size", "300")
+    assert result.exit_code == 0, result.output
+    assert found(database) == truth
+    assert ask(database, "SELECT count(*), min(status) FROM embstore.boundary_run") == [(1, "done")]
