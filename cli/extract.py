@@ -42,6 +42,16 @@ Work = tuple[Recipe, list[Dataset]]
 @click.option("--dataset", metavar="NAME", help="Name of the dataset.  [default: the folder's or manifest's name]")
 @click.option("--model", metavar="NAME", help=f"Embedding model.  [env: EMBEDDING_MODEL; default: {DEFAULT_MODEL}]")
 @click.option(
+    "--model-dir", metavar="DIR", type=click.Path(path_type=Path), help="Folder or file of the model, for wespeaker."
+)
+@click.option(
+    "--model-option",
+    "model_options",
+    metavar="NAME=VALUE",
+    multiple=True,
+    help="Any other option that the model takes.",
+)
+@click.option(
     "--workers",
     metavar="N",
     type=click.IntRange(min=1),
@@ -69,6 +79,8 @@ def extract(
     path: Path | None,
     dataset: str | None,
     model: str | None,
+    model_dir: Path | None,
+    model_options: tuple[str, ...],
     workers: int | None,
     gpus: str | None,
     speaker_from: str,
@@ -86,6 +98,7 @@ def extract(
     \b
       embstore extract /data/audio --workers 4
       embstore extract train.csv --dataset train --gpus 0,1
+      embstore extract /data/audio --model wespeaker --model-dir voxceleb_resnet34
       embstore extract
     """
     settings = load(database_url=database_url, home=home, embedding_workers=workers, embedding_model=model)
@@ -94,7 +107,7 @@ def extract(
     source = None
     if path is not None:
         source = open_source(path, extensions=EXTENSIONS, speaker_from=speaker_from, root=root)
-    recipe = find(settings.embedding_model or DEFAULT_MODEL, {})
+    recipe = find(settings.embedding_model or DEFAULT_MODEL, _options(model_dir, model_options))
     say = _Speaker(as_json)
     with opened(settings) as database:
         require_ready(database)
@@ -111,13 +124,26 @@ def extract(
         if dry_run:
             say.plan(works, plan, new=source is not None)
             if as_json:
-                write_json([{"model": used.name, "datasets": [d.name for d in them]} for used, them in works], sys.stdout)
+                write_json(
+                    [{"model": used.name, "datasets": [d.name for d in them]} for used, them in works], sys.stdout
+                )
             return
         parameters = {"path": str(path) if path else None, "devices": list(plan.devices)}
         outcomes = _extract_all(database, settings, works, plan, parameters, say)
     if as_json:
         write_json([{"model": used.name, **outcome.as_dict()} for (used, _), outcome in outcomes], sys.stdout)
     context.exit(exit_code(outcome for _, outcome in outcomes))
+
+
+def _options(model_dir: Path | None, pairs: Sequence[str]) -> dict[str, str]:
+    """What the command line says about the model. Raises UsageError."""
+    options = {"model_dir": str(model_dir)} if model_dir is not None else {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not (name and equals):
+            raise UsageError(f"--model-option '{pair}' is not NAME=VALUE, such as precision=fp32")
+        options[name] = value
+    return options
 
 
 def _check_model(database: Database, recipe: Recipe) -> None:
@@ -137,10 +163,11 @@ def _open_works(database: Database, name: str | None, model: str | None, recipe:
         work = [
             w
             for w in catalog.open_work(connection)
-            if (chosen is None or w.dataset == chosen) and model in (None, w.model)
+            if (chosen is None or w.dataset == chosen) and (model is None or w.model == recipe.name)
         ]
     return [
-        (find(model_name, {}), [w.dataset for w in same]) for model_name, same in groupby(work, key=lambda w: w.model)
+        (recipe if model_name == recipe.name else find(model_name, {}), [w.dataset for w in same])
+        for model_name, same in groupby(work, key=lambda w: w.model)
     ]
 
 

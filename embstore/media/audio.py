@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 import stat
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import av
 import av.error
@@ -27,8 +28,11 @@ import soxr
 from numpy.typing import NDArray
 
 from embstore.errors import ItemFailed
+from embstore.media.sinc import SincResampler
 
 Channels = Literal["first", "mean"]
+Resampling = Literal["soxr", "sinc"]
+"""soxr is the better one; `sinc` is torchaudio's, for models that know nothing else."""
 
 EXTENSIONS = frozenset(
     {".aif", ".aifc", ".aiff", ".au", ".caf", ".rf64", ".snd", ".sph", ".w64", ".wav", ".wave"}
@@ -40,6 +44,9 @@ EXTENSIONS = frozenset(
 
 _BLOCK_VALUES = 1 << 22
 """Values (frames × channels) decoded at a time, so that memory follows the result and not the file's channels."""
+
+_MEMORY_BYTES = 64 << 20
+"""Samples that are kept in memory (17 minutes at 16 kHz); those of a longer stretch go through a temporary file."""
 
 _BLOCK_FRAMES = 256
 """FFmpeg's frames (some 20 ms each) joined to one block."""
@@ -76,7 +83,7 @@ class Audio:
     """One stretch of audio."""
 
     samples: NDArray[np.float32]
-    """float32 [n] at the sample rate asked for; full scale is 1."""
+    """float32 [n] at the sample rate asked for; full scale is 1. A long stretch is mapped from a temporary file."""
     seconds: float
     """Length that was read, before resampling."""
 
@@ -86,20 +93,27 @@ class _UndecodableError(ValueError):
 
 
 def read(
-    path: Path, start: float | None, duration: float | None, sample_rate: int, channels: Channels = "mean"
+    path: Path,
+    start: float | None,
+    duration: float | None,
+    sample_rate: int,
+    channels: Channels = "mean",
+    resampling: Resampling = "soxr",
 ) -> Audio:
     """Read `duration` seconds from `start` (both in seconds; None: the beginning, all of the rest).
 
-    A stretch that runs over the end gives what is there. Thread-safe; memory is bounded by the stretch.
+    A stretch that runs over the end gives what is there. Thread-safe. Memory is bounded however long the stretch is:
+    more than 64 MB of samples are written to an unnamed file in the folder for temporary files (TMPDIR) and mapped,
+    4 bytes a sample; the space is free again once the samples are garbage.
     Raises ItemFailed: `not_found`, `no_permission`, `is_a_directory`, `not_a_file`, `read_error`, `out_of_range`,
-    `decode_error`, `empty_audio`, `not_finite`.
+    `decode_error`, `empty_audio`, `not_finite`, `no_space`.
     """
     begin = 0.0 if start is None else start
     end = math.inf if duration is None else begin + duration
     if not 0 <= begin < end or math.isinf(begin):
         raise ItemFailed("out_of_range", f"a stretch from {begin:g} s to {end:g} s holds no audio")
     with _opened(path) as file:
-        samples, seconds = _decode(file, begin, end, sample_rate, channels)
+        samples, seconds = _decode(file, begin, end, _Collector(sample_rate, channels, resampling))
     if samples.size:
         return Audio(samples, seconds)
     if begin > 0:
@@ -128,9 +142,7 @@ def _opened(path: Path) -> Iterator[FileIO]:
         raise ItemFailed("read_error", f"{path}: {error.strerror or error}") from error
 
 
-def _decode(
-    file: FileIO, begin: float, end: float, sample_rate: int, channels: Channels
-) -> tuple[NDArray[np.float32], float]:
+def _decode(file: FileIO, begin: float, end: float, collector: _Collector) -> tuple[NDArray[np.float32], float]:
     """Samples and seconds of the stretch by the first decoder that can; a failure names what each one says."""
     head = file.read(3)
     if not head:
@@ -143,7 +155,7 @@ def _decode(
     for name, blocks in decoders.items():
         file.seek(0)
         try:
-            return _collect(blocks(file, begin, end), sample_rate, channels)
+            return collector.collect(blocks(file, begin, end))
         except (soundfile.SoundFileError, av.error.FFmpegError, ValueError) as error:
             complaints.append(f"{name}: {_words(error)}")
     raise ItemFailed("decode_error", "; ".join(complaints))
@@ -160,22 +172,75 @@ def _words(error: Exception) -> str:
     return " ".join(str(words).split())
 
 
-def _collect(blocks: Iterator[_Block], sample_rate: int, channels: Channels) -> tuple[NDArray[np.float32], float]:
-    """Join blocks to mono samples at `sample_rate`, and say how many seconds they were."""
-    pieces: list[NDArray[np.float32]] = []
-    resampler: soxr.ResampleStream | None = None
-    frames, rate = 0, sample_rate
-    for rate, block in blocks:
-        mono = _mono(block, channels)
-        frames += len(mono)
-        if rate != sample_rate:
-            resampler = resampler or soxr.ResampleStream(rate, sample_rate, 1, dtype="float32", quality="HQ")
-            mono = resampler.resample_chunk(mono)
-        pieces.append(mono)
-    if resampler:
-        pieces.append(resampler.resample_chunk(np.empty(0, np.float32), last=True))
-    samples = pieces[0] if len(pieces) == 1 else np.concatenate([np.empty(0, np.float32), *pieces])
-    return samples, frames / rate
+@dataclass(frozen=True, slots=True)
+class _Collector:
+    """Joins blocks to mono samples at one sample rate."""
+
+    sample_rate: int
+    channels: Channels
+    resampling: Resampling
+
+    def collect(self, blocks: Iterator[_Block]) -> tuple[NDArray[np.float32], float]:
+        """The samples, and how many seconds they were."""
+        resampler: soxr.ResampleStream | SincResampler | None = None
+        frames, rate = 0, self.sample_rate
+        with _Pieces() as pieces:
+            for rate, block in blocks:
+                mono = _mono(block, self.channels)
+                frames += len(mono)
+                if rate != self.sample_rate:
+                    resampler = resampler or self._resampler(rate)
+                    mono = resampler.resample_chunk(mono)
+                pieces.add(mono)
+            if resampler:
+                pieces.add(resampler.resample_chunk(np.empty(0, np.float32), last=True))
+            return pieces.joined(), frames / rate
+
+    def _resampler(self, rate: int) -> soxr.ResampleStream | SincResampler:
+        if self.resampling == "sinc":
+            return SincResampler(rate, self.sample_rate)
+        return soxr.ResampleStream(rate, self.sample_rate, 1, dtype="float32", quality="HQ")
+
+
+class _Pieces:
+    """Samples in pieces: in memory, and from `_MEMORY_BYTES` on in a file that nobody else sees."""
+
+    def __init__(self) -> None:
+        self._pieces: list[NDArray[np.float32]] = []
+        self._bytes = 0
+        self._file: IO[bytes] | None = None
+
+    def __enter__(self) -> _Pieces:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file:
+            self._file.close()  # what is mapped stays
+
+    def add(self, piece: NDArray[np.float32]) -> None:
+        """Put a piece behind the others."""
+        self._pieces.append(piece)
+        self._bytes += piece.nbytes
+        if self._bytes > _MEMORY_BYTES:
+            self._flush()
+
+    def joined(self) -> NDArray[np.float32]:
+        """All samples, float32 [n]."""
+        if self._file:
+            self._flush()
+            return np.memmap(self._file, np.float32, mode="r+")
+        return self._pieces[0] if len(self._pieces) == 1 else np.concatenate([np.empty(0, np.float32), *self._pieces])
+
+    def _flush(self) -> None:
+        try:
+            self._file = self._file or tempfile.TemporaryFile(prefix="embstore-")  # noqa: SIM115  closed by __exit__
+            for piece in self._pieces:
+                self._file.write(piece.data)
+            self._file.flush()
+        except OSError as error:
+            reason = f"a long recording has no room in the folder for temporary files ({error.strerror}); set TMPDIR"
+            raise ItemFailed("no_space", reason) from error
+        self._pieces.clear()
 
 
 def _mono(block: NDArray[np.float32], channels: Channels) -> NDArray[np.float32]:

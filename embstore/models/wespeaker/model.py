@@ -1,0 +1,171 @@
+"""A loaded WeSpeaker model: recordings to vectors, in batches that do not change them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embstore.errors import ItemSkipped, ModelError
+from embstore.media import audio
+from embstore.models import fbank
+from embstore.models.base import Prepared
+from embstore.models.wespeaker.families import Batching
+
+if TYPE_CHECKING:
+    import torch
+
+_CPU_FRAMES = 2000
+"""Frames a call on a processor, where the items go one by one anyway: a worker that is told to stop then soon does."""
+_MOST_FRAMES = 120_000
+_BYTES_A_FRAME = 300_000
+"""Memory that a frame takes on a GPU at most: SimAM-ResNet's first layers hold 64 × 80 numbers of it in some copies."""
+_SPREAD = 0.5
+"""The shortest recording of a masked batch, as a share of the longest."""
+_LONGEST_PROBE = 64
+
+
+class Encoder(Protocol):
+    """Features to vectors on one device."""
+
+    batching: Batching
+
+    def encode(self, features: torch.Tensor, lengths: Sequence[int]) -> NDArray[np.float32]:
+        """Features [rows, frames, bins] on the device, of which `lengths` are valid: float32 [rows, dim]."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """A stretch of one item that is embedded in one go."""
+
+    item: int
+    samples: NDArray[np.float32]
+    frames: int
+
+
+class Wespeaker:
+    """The model on one device."""
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        dim: int,
+        features: fbank.Settings,
+        channel: audio.Channels,
+        max_window: float,
+        device: str,
+    ) -> None:
+        """Raises ModelError if the encoder does not take such features or gives vectors of another length."""
+        self._encoder = encoder
+        self._dim = dim
+        self._features = features
+        self._fbank = fbank.Fbank(features, device)
+        self._channel = channel
+        self._longest = round(max_window * features.sample_rate)
+        self.min_frames = _fewest_frames(encoder, dim, features.num_mel_bins, device)
+        self.max_cost = _budget(device)
+
+    def prepare(self, path: Path, start: float | None, duration: float | None) -> Prepared:
+        """Decode one item to its samples, float32 [n]; the features are computed on the device.
+
+        Raises ItemFailed, and ItemSkipped `too_short` (fewer frames than the network pools) or `silent` (no sample
+        differs from another).
+        """
+        sound = audio.read(path, start, duration, self._features.sample_rate, self._channel, "sinc")
+        frames = self._features.frames(len(sound.samples))
+        if frames < self.min_frames:
+            needed = self._features.width + (self.min_frames - 1) * self._features.hop
+            seconds = needed / self._features.sample_rate
+            raise ItemSkipped("too_short", f"{sound.seconds:.3g} s; this model pools frames of {seconds:.3g} s or more")
+        if _is_flat(sound.samples):
+            raise ItemSkipped("silent", f"{sound.seconds:.3g} s without any sound")
+        return Prepared(sound.samples, sound.seconds, frames)
+
+    def embed(self, batch: Sequence[Prepared]) -> NDArray[np.float32]:
+        """Embed a batch: float32 [len(batch), dim], not normalised.
+
+        An item longer than `max_window` is the mean of its windows, weighted by their frames.
+        """
+        sums = np.zeros((len(batch), self._dim))
+        frames = np.zeros(len(batch))
+        windows = [window for i, item in enumerate(batch) for window in self._windows(i, item.array)]
+        for group in _groups(windows, self._encoder.batching, self.max_cost):
+            features, lengths = self._fbank([window.samples for window in group])
+            for window, vector in zip(group, self._encoder.encode(features, lengths), strict=True):
+                sums[window.item] += vector.astype(np.float64) * window.frames
+                frames[window.item] += window.frames
+        return (sums / frames[:, np.newaxis]).astype(np.float32)
+
+    def _windows(self, item: int, samples: NDArray[np.float32]) -> list[_Window]:
+        """The fewest windows of equal length that are not too long; those without any sound are left out."""
+        count = math.ceil(len(samples) / self._longest)
+        edges = [len(samples) * i // count for i in range(count + 1)]
+        pieces = [samples[begin:end] for begin, end in itertools.pairwise(edges)]
+        audible = [piece for piece in pieces if count == 1 or not _is_flat(piece)]
+        return [_Window(item, piece, self._features.frames(len(piece))) for piece in audible or pieces]
+
+
+def _is_flat(samples: NDArray[np.float32]) -> bool:
+    """Whether all samples are alike: their features would be those of any other such recording."""
+    return bool(samples.min() == samples.max())
+
+
+def _groups(windows: Sequence[_Window], batching: Batching, budget: int) -> Iterator[list[_Window]]:
+    """Windows that go through the network together, longest first; padded, a group has at most `budget` frames."""
+    if batching == "single":
+        for window in windows:
+            yield [window]
+        return
+    group: list[_Window] = []
+    least = 1.0 if batching == "equal" else _SPREAD
+    for window in sorted(windows, key=lambda window: -window.frames):
+        longest = group[0].frames if group else window.frames
+        if group and ((len(group) + 1) * longest > budget or window.frames < least * longest):
+            yield group
+            group = []
+        group.append(window)
+    if group:
+        yield group
+
+
+def _budget(device: str) -> int:
+    """Frames a batch: what half of a GPU's memory holds, up to a number that keeps any GPU busy."""
+    import torch
+
+    if device == "cpu":
+        return _CPU_FRAMES
+    memory = torch.cuda.get_device_properties(torch.device(device)).total_memory
+    return max(_CPU_FRAMES, min(_MOST_FRAMES, int(memory / 2 / _BYTES_A_FRAME)))
+
+
+def _fewest_frames(encoder: Encoder, dim: int, bins: int, device: str) -> int:
+    """The fewest frames (2 or more) of which the network makes a finite vector: it is tried out.
+
+    Two, as of one frame nothing is left once the mean is subtracted. Raises ModelError.
+    """
+    import torch
+
+    random = torch.Generator().manual_seed(0)
+    reason = "its vectors are not finite"
+    for frames in range(2, _LONGEST_PROBE + 1):
+        features = torch.randn(1, frames, bins, generator=random).to(device)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of a deviation without degrees of freedom
+                vectors = encoder.encode(features, [frames])
+        # A frame too few is an error of any kind in a strange network or in ONNX Runtime.
+        except Exception as error:  # noqa: BLE001
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            continue
+        if vectors.shape != (1, dim):
+            raise ModelError(f"model wespeaker: it gives vectors of shape {vectors.shape[1:]}, its config says {dim}")
+        if np.isfinite(vectors).all():
+            return frames
+    raise ModelError(f"model wespeaker: it gives no vector of {_LONGEST_PROBE} frames of {bins} bins: {reason}")
