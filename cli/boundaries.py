@@ -13,7 +13,7 @@ import click
 from sqlalchemy import Connection
 
 from embstore import catalog
-from embstore.boundaries import job, labels
+from embstore.boundaries import folders, job, labels, report
 from embstore.boundaries.evaluate import evaluate
 from embstore.boundaries.job import CONNECTIONS, Method, Options
 from embstore.boundaries.voices import THRESHOLD
@@ -65,6 +65,15 @@ from .output import write_json, write_rows
 @click.option(
     "--workers", metavar="N", type=click.IntRange(min=1), help="Datasets at a time.  [env: EMBEDDING_WORKERS]"
 )
+@click.option(
+    "--output-dir",
+    metavar="DIR",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Write a picture, a JSON file and a folder a speaker; with several datasets, into a folder in DIR for each.",
+)
+@click.option(
+    "--link/--copy", default=True, help="Link the files into the speakers' folders, or copy.  [default: link]"
+)
 @click.option("--debug", "explain", is_flag=True, help="Explain each decision.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 @database_options
@@ -80,6 +89,8 @@ def boundaries(
     boundary_window: int,
     gmm_components: int,
     workers: int | None,
+    output_dir: Path | None,
+    link: bool,
     explain: bool,
     as_json: bool,
     database_url: str | None,
@@ -115,6 +126,11 @@ def boundaries(
             pairs = catalog.embedded(connection, dataset, model)
         if not pairs:
             line("there are no vectors to look at: type 'embstore extract PATH' first")
+        several = sum(len(them) for _, them in pairs) > 1
+        if output_dir is not None:
+            for found, datasets in pairs:
+                for each in datasets:
+                    folders.claim(_folder(output_dir, found.name, each.name, several))
         for found, datasets in pairs:
             number = _workers(settings, len(datasets))
 
@@ -131,10 +147,29 @@ def boundaries(
                 summaries = [labels.summary(connection, run) for run in runs.values()]
             for summary in summaries:
                 _say(line, summary, explain)
+                if output_dir is not None:
+                    folder = _folder(output_dir, found.name, summary["dataset"], several)
+                    with database.begin() as connection:
+                        missing = report.write(
+                            folder,
+                            labels.result(connection, summary["run"]),
+                            summary["items"],
+                            labels.files(connection, summary["run"]),
+                            dataset=summary["dataset"],
+                            model=found.name,
+                            copy=not link,
+                        )
+                    line(f"  written to {folder}" + (f"; {len(missing):,} files are not there" if missing else ""))
             reports += [{"model": found.name, **summary} for summary in summaries]
     if as_json:
         write_json(reports, sys.stdout)
     context.exit(exit_code(outcomes))
+
+
+def _folder(output_dir: Path, model: str, dataset: str, several: bool) -> Path:
+    """Where a dataset's files go; its name must lead nowhere else."""
+    name = "".join(c if c.isalnum() or c in "-_" else "_" for c in f"{dataset}-{model}")
+    return output_dir / name if several else output_dir
 
 
 def _workers(settings: Settings, datasets: int) -> int:

@@ -3,26 +3,44 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy import Connection, text
 
+from embstore.boundaries.result import Boundary, Result
 from embstore.boundaries.voices import THRESHOLD, same_voices
 from embstore.db.copy import read_rows
 from embstore.errors import UsageError
 
 _SUMMARY = """
-SELECT r.boundary_run_id AS run, d.name AS dataset, r.method, r.items, r.embedded,
+SELECT r.boundary_run_id AS run, r.dataset_id, d.name AS dataset, r.method, r.items, r.embedded,
     (SELECT count(*) FROM embstore.boundary b
      WHERE b.dataset_id = r.dataset_id AND b.boundary_run_id = r.boundary_run_id) AS boundaries,
     (SELECT count(*) FROM embstore.segment s
      WHERE s.dataset_id = r.dataset_id AND s.boundary_run_id = r.boundary_run_id) AS segments,
-    r.found -> 'parameters' AS parameters, r.found -> 'notes' AS notes, r.found -> 'trace' AS trace
+    r.found -> 'parameters' AS parameters, r.found -> 'notes' AS notes, r.found -> 'trace' AS trace,
+    r.found -> 'expected' AS expected
 FROM embstore.boundary_run r JOIN embstore.dataset d USING (dataset_id)
 WHERE r.boundary_run_id = :run AND r.status = 'done'
+"""
+_BOUNDARIES = """
+SELECT position, score, confidence FROM embstore.boundary WHERE boundary_run_id = :run ORDER BY position
+"""
+_SCORES = """
+SELECT position, score FROM embstore.boundary_score
+WHERE dataset_id = {dataset} AND boundary_run_id = {run} ORDER BY position
+"""
+_ROOT = """
+SELECT d.root FROM embstore.boundary_run r JOIN embstore.dataset d USING (dataset_id) WHERE r.boundary_run_id = :run
+"""
+_FILES = """
+SELECT i.position, i.path FROM embstore.boundary_run r JOIN embstore.item i USING (dataset_id)
+WHERE r.boundary_run_id = :run ORDER BY i.position
 """
 _POSITIONS = "SELECT position FROM embstore.boundary WHERE boundary_run_id = :run ORDER BY position"
 _RUN = """
@@ -103,6 +121,35 @@ def summary(connection: Connection, run: int) -> dict[str, Any]:
     if row is None:
         raise UsageError(f"no finished boundary run {run}: {_LIST_RUNS}")
     return dict(row._mapping)
+
+
+def result(connection: Connection, run: int) -> Result:
+    """A finished run as the method gave it. Raises UsageError."""
+    known = summary(connection, run)
+    rows = connection.execute(text(_BOUNDARIES), {"run": run}).all()
+    scores = read_rows(
+        connection,
+        _SCORES.format(dataset=known["dataset_id"], run=run),
+        {"position": (np.dtype(np.int64), None), "score": (np.dtype(np.float32), None)},
+    )
+    return Result(
+        [Boundary(*row) for row in rows],
+        scores["position"],
+        scores["score"],
+        known["method"],
+        known["parameters"],
+        known["notes"],
+        known["trace"],
+        known["expected"],
+    )
+
+
+def files(connection: Connection, run: int) -> Iterator[tuple[int, Path]]:
+    """Position and path of every item of a run's dataset, in order."""
+    root = Path(connection.execute(text(_ROOT), {"run": run}).scalar_one())
+    rows = connection.execution_options(yield_per=10_000).execute(text(_FILES), {"run": run})
+    for position, path in rows:
+        yield position, root / path
 
 
 def positions(connection: Connection, run: int) -> list[int]:
