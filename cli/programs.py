@@ -18,7 +18,7 @@ from embstore.db.address import password_of, without_password
 from embstore.db.engine import Database
 from embstore.errors import DatabaseError
 
-SEARCH_PATH = 'public, embstore'
+SEARCH_PATH = "public, embstore"
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ def database(settings: Settings) -> Iterator[Database]:
 def _new_database(home: Path, template: str) -> Iterator[str]:
     name = f"test_{next(_numbers)}"
     # What a role has set for a database is not copied with it.
-    search_path = f'ALTER ROLE embstore IN DATABASE {name} SET search_path = public, embstore'
+    search_path = f"ALTER ROLE embstore IN DATABASE {name} SET search_path = public, embstore"
     settings = [search_path] if template else []
     _execute(embedded.url(home), f"CREATE DATABASE {name} {template}", *settings)
     try:

@@ -259,7 +259,7 @@ segment = Table(
         "voice",
         Integer,
         nullable=False,
-        comment="number of its voice, from 1 in order of appearance: the segment, unless merged",
+        comment="number of its voice, from 1: the segment, unless voices were merged",
     ),
     PrimaryKeyConstraint("dataset_id", "boundary_run_id", "segment"),
 )

@@ -55,7 +55,7 @@ CREATE TABLE embstore.segment (
     PRIMARY KEY (dataset_id, boundary_run_id, segment)
 );
 COMMENT ON COLUMN embstore.segment.segment IS 'from 1, in order';
-COMMENT ON COLUMN embstore.segment.voice IS 'number of its voice, from 1 in order of appearance: the segment, unless merged';
+COMMENT ON COLUMN embstore.segment.voice IS 'number of its voice, from 1: the segment, unless voices were merged';
 CREATE TABLE embstore.boundary_score (
     dataset_id integer NOT NULL,
     boundary_run_id integer NOT NULL,

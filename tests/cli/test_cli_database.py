@@ -208,7 +208,7 @@ def test_psql_finds_the_views_and_gives_its_exit_code(bare_url: str, database_ur
     result = embstore(
         "db", "psql", "-At", "-c", "show search_path", "-c", "select count(*) from items", DATABASE_URL=database_url
     )
-    assert (result.returncode, result.stdout) == (0, 'public, embstore\n0\n')
+    assert (result.returncode, result.stdout) == (0, "public, embstore\n0\n")
     assert embstore("db", "psql", "-c", "select", "-c", "selec", DATABASE_URL=bare_url).returncode == 1
 
 

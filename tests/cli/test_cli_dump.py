@@ -77,7 +77,7 @@ def test_work_goes_on_in_a_restored_database(saved: Path, target: Database, to: 
         check = connection.exec_driver_sql(
             "SELECT count(*) FROM pg_constraint WHERE conname = 'embedding_1_vector' AND contype = 'c'"
         ).scalar()
-    assert (path, check) == ('public, embstore', 1)
+    assert (path, check) == ("public, embstore", 1)
 
 
 def test_into_a_migrated_but_empty_database(saved: Path, target: Database, to: Cli) -> None:

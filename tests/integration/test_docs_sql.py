@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +14,25 @@ from embstore.cli.main import embstore
 from embstore.db.engine import Database
 
 ROOT = Path(__file__).parents[2]
-QUERIES = re.findall(r"```sql\n-- ([^\n]+)\n(.*?)```", (ROOT / "docs" / "sql.md").read_text(encoding="utf-8"), re.DOTALL)
+PAGE = (ROOT / "docs" / "sql.md").read_text(encoding="utf-8")
+QUERIES = re.findall(r"```sql\n-- ([^\n]+)\n(.*?)```", PAGE, re.DOTALL)
 
 
 @pytest.fixture
-def filled(database: Database, database_url: str) -> Iterator[Database]:
+def filled(database: Database, database_url: str) -> Database:
     """The sample speech, embedded by the command."""
     arguments = ["extract", str(ROOT / "examples" / "speech"), "--database-url", database_url]
     result = CliRunner().invoke(embstore, arguments)
     assert result.exit_code == 0, result.output
-    yield database
+    return database
 
 
 def test_every_query_of_the_page_runs(filled: Database) -> None:
-    assert len(QUERIES) == len(re.findall("```sql", (ROOT / "docs" / "sql.md").read_text(encoding="utf-8"))) >= 8
+    assert len(QUERIES) == len(re.findall("```sql", PAGE)) >= 8
     answers: dict[str, list[Any]] = {}
     for title, sql in QUERIES:
         with filled.begin() as connection:
-            connection.execute(text('SET LOCAL search_path = public, embstore'))
+            connection.execute(text("SET LOCAL search_path = public, embstore"))
             answers[title] = list(connection.exec_driver_sql(sql).all())
     speakers = sorted(folder.name for folder in (ROOT / "examples" / "speech").iterdir() if folder.is_dir())
     files = len(list((ROOT / "examples" / "speech").rglob("*.mp3")))
