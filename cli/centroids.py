@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
+from collections.abc import Callable
 from typing import get_args
 
 import click
 
 from embstore import catalog, centroids
-from embstore.centroids import Average, Options
+from embstore.centroids import CONNECTIONS_A_WORKER, Average, Options
 from embstore.db.migrate import require_ready
 from embstore.extract.devices import count_cores
 from embstore.progress import Display, display
@@ -17,7 +19,10 @@ from embstore.supervise import PARENT_CONNECTIONS, Outcome, check_connections
 
 from .options import database_options, opened
 from .outcome import exit_code, tell
-from .output import write_json
+from .output import plural, write_json
+
+MAX_WORKERS = 4
+"""If nobody asks for more: the work is done by the server, which has other things to do."""
 
 
 @click.command("centroids")
@@ -77,8 +82,11 @@ def command(
       embstore sql "select speaker, num_utterances, cohesion from speaker_centroids"
     """
     settings = load(database_url=database_url, home=home, embedding_workers=workers)
-    number = settings.embedding_workers or min(4, count_cores(), settings.db_max_connections - PARENT_CONNECTIONS)
-    check_connections(settings, number)
+    most = (settings.db_max_connections - PARENT_CONNECTIONS) // CONNECTIONS_A_WORKER
+    number = settings.embedding_workers or min(MAX_WORKERS, count_cores())
+    if workers is None:
+        number = min(number, most)
+    check_connections(settings, number, CONNECTIONS_A_WORKER)
     options = Options(average, min_utterances, chunk_size, recompute=not skip_existing)
     out = sys.stderr if as_json else sys.stdout
 
@@ -91,21 +99,41 @@ def command(
         with database.begin() as connection:
             pairs = catalog.embedded(connection, dataset, model)
         if not pairs:
-            line("there are no vectors to average: type 'embstore extract PATH' first")
+            line(_nothing(dataset, model))
         for found, datasets in pairs:
 
-            def show(pending: int, name: str = found.name) -> Display:
-                line(f"averaging {pending:,} speakers by {name} with {number} workers")
+            def show(pending: int, workers: int, name: str = found.name) -> Display:
+                line(f"averaging {plural(pending, 'speaker')} by {name} with {plural(workers, 'worker')}")
                 return display(pending, sys.stderr)
 
             parameters = {"average": average, "min_utterances": min_utterances, "recompute": options.recompute}
             outcome = centroids.compute(
-                database, settings, datasets, found.model_id, options, number, show=show, parameters=parameters
+                database, settings, found, datasets, options, number, show=show, parameters=parameters
             )
             tell(line, outcome, model=found.name, command="centroids", unit="speakers", done="averaged")
+            _remark(line, outcome)
             outcomes.append((found.name, outcome))
             if outcome.interrupted:
                 break
     if as_json:
         write_json([{"model": name, **outcome.as_dict()} for name, outcome in outcomes], sys.stdout)
     context.exit(exit_code(outcome for _, outcome in outcomes))
+
+
+def _nothing(dataset: str | None, model: str | None) -> str:
+    """Say what has no vectors, and what to type."""
+    what = f" of dataset '{dataset}'" if dataset is not None else ""
+    by = f" by model '{model}'" if model is not None else ""
+    words = ["embstore extract", f"--dataset {shlex.quote(dataset)}" if dataset is not None else "PATH"]
+    if model is not None:
+        words.append(f"--model {shlex.quote(model)}")
+    return f"there are no vectors{what}{by} to average: type '{' '.join(words)}' first"
+
+
+def _remark(line: Callable[[str], None], outcome: Outcome) -> None:
+    for name, counts in outcome.statuses.items():
+        if not counts:
+            line(f"'{name}' has no vector of a known speaker: register it with --speaker-from, or a manifest's column")
+    if outcome.failed:
+        line("type 'embstore centroids --recompute' to try failed speakers again; why they failed:")
+        line("  embstore sql \"select speaker, error from speaker_centroids where status = 'failed'\"")

@@ -117,6 +117,10 @@ def _remarks(progress: Sequence[Progress]) -> Iterable[str]:
             model = f" --model {shlex.quote(one.model)}" if one.model else ""
             command = f"embstore extract --dataset {shlex.quote(one.dataset)}{model}"
             yield f"{one.dataset}: {plural(one.unqueued, 'pending item')} not queued yet: type '{command}'"
+    for one in progress:
+        if one.centroids and one.centroids.stale:
+            number = plural(one.centroids.stale, "centroid")
+            yield f"{one.dataset}, {one.model}: {number} stale: type 'embstore centroids'"
     if abandoned := sum(one.abandoned for one in progress):
         yield f"{plural(abandoned, 'running item')} left by workers that are gone: the next run takes over"
     if any(one.failed for one in progress):
@@ -131,6 +135,7 @@ def _as_json(one: Progress) -> dict[str, Any]:
         "unqueued": one.unqueued,
         "abandoned": one.abandoned,
         "reasons": [reason._asdict() for reason in one.reasons],
+        "centroids": one.centroids and one.centroids._asdict(),
     }
 
 

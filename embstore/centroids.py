@@ -7,17 +7,21 @@ speakers, and each range is one SQL statement: no vector leaves the database.
 
 from __future__ import annotations
 
+import contextlib
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from sqlalchemy import Connection, text
 
-from embstore.catalog import Dataset
+from embstore.catalog import Dataset, StoredModel
 from embstore.claims import Claim, Claimant
-from embstore.db.engine import Database, set_local
-from embstore.errors import DatabaseError, DatabaseUnavailable
+from embstore.db.engine import Database
+from embstore.errors import DatabaseError
 from embstore.progress import Display, Tally
 from embstore.queue import Queue, Refusal
 from embstore.settings import Settings
@@ -26,77 +30,99 @@ from embstore.workers import Channel
 
 Average = Literal["mean", "unit"]
 
-UTTERANCES_A_RANGE = 20_000
-"""What a range holds if nobody says otherwise: 20 MB of 256-d vectors, and the claim costs next to nothing."""
+BYTES_A_RANGE = 20_000_000
+"""Vectors that a range holds if nobody says otherwise: the claim costs next to nothing beside it."""
 MIN_RANGE, MAX_RANGE = 10, 5_000
-_IDLE = 0.3
+CONNECTIONS_A_WORKER = 2
+"""The second one renews the lease while a statement takes long: a speaker may have millions of utterances."""
+_SAMPLE = 20_000
+_IDLE = 0.1
+_BEAT = 1.0
 
-# l2_normalize leaves a zero vector as it is; the norm tells afterwards.
-_AVERAGES: dict[Average, str] = {
-    "mean": "avg(embedding)",
-    "unit": "l2_normalize(avg(l2_normalize(embedding)))",
-}
-
+# The row says by which average it is to be computed: two runs at once that want different ones cannot mix them. A
+# vector by the other average goes at once, so that what is there is always what its row says.
 _TAKE_CHANGES = """
 WITH taken AS (
     DELETE FROM embstore.speaker_change WHERE dataset_id = :dataset_id AND model_id = :model_id RETURNING speaker)
-INSERT INTO embstore.centroid AS c (dataset_id, model_id, speaker)
-SELECT :dataset_id, :model_id, speaker FROM taken GROUP BY speaker ORDER BY speaker
+INSERT INTO embstore.centroid AS c (dataset_id, model_id, speaker, average)
+SELECT :dataset_id, :model_id, speaker, :average FROM taken GROUP BY speaker ORDER BY speaker
 ON CONFLICT (dataset_id, model_id, speaker) DO UPDATE
 SET status = 'pending', attempts = 0, claim_token = NULL, error_code = NULL, error = NULL
 """
 
-# Computed in another way than this run wants it: by another average, or judged by another minimum.
 _MARK = """
-UPDATE embstore.centroid SET status = 'pending', attempts = 0, claim_token = NULL, error_code = NULL, error = NULL
-WHERE dataset_id = :dataset_id AND model_id = :model_id AND status IN ('done', 'failed', 'skipped') AND (
-    CAST(:recompute AS boolean) OR average IS DISTINCT FROM :average
+UPDATE embstore.centroid SET status = 'pending', attempts = 0, claim_token = NULL, error_code = NULL, error = NULL,
+    average = :average, embedding = CASE WHEN average = :average THEN embedding END
+WHERE dataset_id = :dataset_id AND model_id = :model_id AND (
+    average <> :average
+    OR (CAST(:recompute AS boolean) AND status IN ('done', 'failed', 'skipped'))
     OR (status = 'done' AND num_utterances < :min_utterances)
     OR (status = 'skipped' AND num_utterances >= :min_utterances))
 """
 
 _FORGET = """
 DELETE FROM embstore.centroid c
-WHERE c.dataset_id = :dataset_id AND c.model_id = :model_id AND c.status = 'pending' AND NOT EXISTS (
-    SELECT FROM embstore.item i WHERE i.dataset_id = c.dataset_id AND i.speaker = c.speaker)
+WHERE c.dataset_id = :dataset_id AND c.model_id = :model_id AND c.status IN ('pending', 'failed', 'skipped')
+    AND NOT EXISTS (SELECT FROM embstore.item i WHERE i.dataset_id = c.dataset_id AND i.speaker = c.speaker)
 """
 
-# MATERIALIZED: the vectors are fetched once, and read twice, for the average and for the cosines to it.
+# One speaker after the other (LATERAL), so that no more than one speaker's vectors are held at a time, each fetched
+# once; and its utterances in the order of their ids, so that sums are the same bits whatever else is in the range.
+# pgvector's `<=>` calculates in float32, and is wrong where squares leave its range: only there are the vectors brought
+# to unit length first. An average of unit vectors that is shorter than float32's rounding has no direction.
+# min(ARRAY): the lowest cosine and whose it is, without sorting.
 _COMPUTE = """
-WITH utterance AS MATERIALIZED (
-    SELECT c.centroid_id, i.item_id, e.embedding
-    FROM embstore.centroid c
-    JOIN embstore.item i ON i.dataset_id = c.dataset_id AND i.speaker = c.speaker
-    JOIN embstore.embedding_{model_id} e ON e.dataset_id = i.dataset_id AND e.item_id = i.item_id
-    WHERE c.dataset_id = :dataset_id AND c.model_id = :model_id AND c.centroid_id = ANY (CAST(:keys AS bigint[]))
-), average AS MATERIALIZED (
-    SELECT centroid_id, count(*) AS utterances, {average} AS vector FROM utterance GROUP BY centroid_id
-), compared AS (
-    SELECT centroid_id, u.item_id, 1 - (u.embedding <=> a.vector) AS cosine
-    FROM utterance u JOIN average a USING (centroid_id) WHERE vector_norm(a.vector) > 0
-), summary AS (
-    SELECT centroid_id, avg(cosine) AS cohesion, min(cosine) AS lowest_cosine,
-        (array_agg(item_id ORDER BY cosine, item_id))[1] AS lowest_item_id
-    FROM compared GROUP BY centroid_id
-)
 UPDATE embstore.centroid c SET
-    status = CASE WHEN coalesce(a.utterances, 0) < :min_utterances THEN 'skipped'
-        WHEN vector_norm(a.vector) = 0 THEN 'failed' ELSE 'done' END,
-    error_code = CASE WHEN coalesce(a.utterances, 0) < :min_utterances THEN 'too_few_utterances'
-        WHEN vector_norm(a.vector) = 0 THEN 'zero_vector' END,
-    error = CASE WHEN coalesce(a.utterances, 0) < :min_utterances
-            THEN format('%s utterances are fewer than the minimum of %s', coalesce(a.utterances, 0), :min_utterances)
-        WHEN vector_norm(a.vector) = 0 THEN 'the utterances cancel each other out' END,
-    embedding = CASE WHEN a.utterances >= :min_utterances AND vector_norm(a.vector) > 0 THEN a.vector END,
-    num_utterances = coalesce(a.utterances, 0), average = :average, cohesion = s.cohesion,
-    lowest_item_id = s.lowest_item_id, lowest_cosine = s.lowest_cosine,
+    status = r.status, error_code = r.code,
+    error = CASE r.code WHEN 'zero_vector' THEN 'the utterances cancel each other out'
+        WHEN 'too_few_utterances'
+        THEN format('%s utterances are fewer than the minimum of %s', s.utterances, :min_utterances) END,
+    embedding = CASE WHEN r.status = 'done' THEN s.vector END,
+    num_utterances = s.utterances, cohesion = s.cohesion,
+    lowest_item_id = s.lowest[2], lowest_cosine = s.lowest[1],
     run_id = :run_id, finished_at = clock_timestamp()
-FROM unnest(CAST(:keys AS bigint[])) AS k (centroid_id)
-LEFT JOIN average a USING (centroid_id)
-LEFT JOIN summary s USING (centroid_id)
-WHERE c.dataset_id = :dataset_id AND c.model_id = :model_id AND c.centroid_id = k.centroid_id
+FROM embstore.centroid o
+CROSS JOIN LATERAL (
+    WITH utterance AS MATERIALIZED (
+        SELECT i.item_id, e.embedding
+        FROM (SELECT item_id FROM embstore.item WHERE dataset_id = :dataset_id AND speaker = o.speaker
+              ORDER BY item_id) i
+        JOIN embstore.embedding_{model_id} e
+            ON e.dataset_id = :dataset_id AND e.model_id = :model_id AND e.item_id = i.item_id
+    ), average AS MATERIALIZED (
+        SELECT utterances, vector_norm(vector) AS norm,
+            CASE o.average WHEN 'unit' THEN l2_normalize(vector) ELSE vector END AS vector,
+            vector_norm(vector) <= CASE o.average WHEN 'unit' THEN 1e-6 ELSE 0 END AS is_zero
+        FROM (SELECT count(*) AS utterances,
+                  avg(CASE o.average WHEN 'unit' THEN l2_normalize(embedding) ELSE embedding END) AS vector
+              FROM utterance) a
+    ), compared AS (
+        SELECT item_id, CASE
+            WHEN norm BETWEEN 1e-15 AND 1e15 AND vector_norm(embedding) BETWEEN 1e-15 AND 1e15
+            THEN 1 - (embedding <=> vector)
+            ELSE least(1, -(l2_normalize(embedding) <#> l2_normalize(vector))) END AS cosine
+        FROM utterance CROSS JOIN average WHERE NOT is_zero
+        OFFSET 0
+    )
+    SELECT utterances, vector, is_zero, cohesion, lowest
+    FROM average CROSS JOIN (SELECT avg(cosine) AS cohesion, min(ARRAY[cosine, item_id]) AS lowest FROM compared) m
+) s
+CROSS JOIN LATERAL (
+    SELECT CASE WHEN s.utterances < :min_utterances THEN 'skipped' WHEN s.is_zero THEN 'failed' ELSE 'done' END,
+        CASE WHEN s.utterances < :min_utterances THEN 'too_few_utterances' WHEN s.is_zero THEN 'zero_vector' END
+) AS r (status, code)
+WHERE o.dataset_id = :dataset_id AND o.model_id = :model_id AND o.centroid_id = ANY (CAST(:keys AS bigint[]))
+    AND c.dataset_id = :dataset_id AND c.model_id = :model_id AND c.centroid_id = o.centroid_id
     AND c.status = 'running' AND c.claim_token = :token
 RETURNING c.status, c.error_code
+"""
+
+# Everything is read by index, whatever the statistics say, which lag behind a bulk load. Compiling the plan takes
+# longer than running it. A worker that was killed must not leave its query behind on the server.
+_PLAN = """
+SELECT set_config(name, value, true) FROM (VALUES ('enable_seqscan', 'off'), ('enable_hashjoin', 'off'),
+    ('enable_mergejoin', 'off'), ('jit', 'off'), ('work_mem', '64MB'), ('client_connection_check_interval', '2s')
+) AS s (name, value)
 """
 
 
@@ -107,7 +133,7 @@ class Options:
     average: Average = "mean"
     min_utterances: int = 1
     chunk_size: int | None = None
-    """Speakers a range; None: as many as hold about UTTERANCES_A_RANGE utterances."""
+    """Speakers a range; None: as many as hold about BYTES_A_RANGE of vectors."""
     recompute: bool = False
     """All of them, not only those that are new or stale."""
 
@@ -120,7 +146,7 @@ class Job:
     model_id: int
     tasks: tuple[tuple[int, int, int], ...]
     """For each dataset: its id, the run's id, and how many speakers make a range."""
-    options: Options
+    min_utterances: int
 
 
 def centroid_queue(dataset_id: int, model_id: int) -> Queue:
@@ -137,39 +163,47 @@ def refresh(connection: Connection, dataset_id: int, model_id: int, options: Opt
         "min_utterances": options.min_utterances,
         "recompute": options.recompute,
     }
-    for sql in (_TAKE_CHANGES, _MARK, _FORGET):
+    for sql in (_TAKE_CHANGES, _FORGET, _MARK):
         connection.execute(text(sql), values)
 
 
 def compute(
     database: Database,
     settings: Settings,
+    model: StoredModel,
     datasets: Sequence[Dataset],
-    model_id: int,
     options: Options,
     workers: int,
     *,
-    show: Callable[[int], Display],
+    show: Callable[[int, int], Display],
     parameters: Mapping[str, Any],
 ) -> Outcome:
-    """Bring the centroids of the datasets up to date; resumes, and shares the work with other runs."""
-    with database.begin() as connection:
-        for dataset in datasets:
-            refresh(connection, dataset.dataset_id, model_id, options)
-        ranges = {d.dataset_id: options.chunk_size or _range(connection, d.dataset_id, model_id) for d in datasets}
-    shares = [Share(dataset, centroid_queue(dataset.dataset_id, model_id)) for dataset in datasets]
+    """Bring the centroids of the datasets up to date; resumes, and shares the work with other runs.
+
+    `show(pending, workers)` makes the display; fewer workers are started where there are fewer ranges.
+    """
+    shares = [Share(dataset, centroid_queue(dataset.dataset_id, model.model_id)) for dataset in datasets]
+    limits: dict[int, int] = {}
+    ranges = 0
+    for dataset_id, queue in ((share.dataset.dataset_id, share.queue) for share in shares):
+        # Patiently: workers of another run may be writing the same rows in another order, which is a deadlock.
+        database.patiently(partial(refresh, dataset_id=dataset_id, model_id=model.model_id, options=options))
+        with database.begin() as connection:
+            limits[dataset_id] = options.chunk_size or _range(connection, queue, model.dim)
+            ranges += -(-queue.remaining(connection) // limits[dataset_id])
+    number = max(1, min(workers, ranges))
 
     def jobs(runs: Mapping[int, int]) -> list[Job]:
-        tasks = tuple((dataset_id, run_id, ranges[dataset_id]) for dataset_id, run_id in runs.items())
-        return [Job(settings, model_id, tasks, options)] * workers
+        tasks = tuple((dataset_id, run_id, limits[dataset_id]) for dataset_id, run_id in runs.items())
+        return [Job(settings, model.model_id, tasks, options.min_utterances)] * number
 
-    run = Run(database, "centroids", model_id, shares, parameters)
-    return run.go(work, jobs, show=show, environ={})
+    run = Run(database, "centroids", model.model_id, shares, parameters)
+    return run.go(work, jobs, show=lambda pending: show(pending, number), environ={})
 
 
 def work(channel: Channel, job: Job) -> None:
     """Body of a worker process: until no speaker of the job is pending, or until told to stop."""
-    database = Database(job.settings, pool_size=1)
+    database = Database(job.settings, pool_size=CONNECTIONS_A_WORKER)
     try:
         _Worker(channel, job, database).run()
     finally:
@@ -185,7 +219,19 @@ class _Worker:
         channel.send(Leased(self._claimant.token))
 
     def run(self) -> None:
+        threading.Thread(target=self._beat, daemon=True, name="lease").start()
         tasks = [(centroid_queue(task[0], self._job.model_id), task) for task in self._job.tasks]
+        try:
+            self._serve(tasks)
+        except DatabaseError:
+            # No speaker is to blame, so none is to be counted as one at whom a worker died.
+            with contextlib.suppress(DatabaseError), self._database.begin() as connection:
+                for queue, _ in tasks:
+                    queue.release(connection, self._claimant.token)
+            raise
+        self._claimant.leave()
+
+    def _serve(self, tasks: Sequence[tuple[Queue, tuple[int, int, int]]]) -> None:
         while tasks and not self._channel.stopping.is_set():
             for queue, (_, run_id, limit) in tasks:
                 self._claimant.start()
@@ -197,7 +243,13 @@ class _Worker:
             tasks = [task for task in tasks if self._database.patiently(task[0].is_open)]
             if tasks:
                 self._channel.stopping.wait(_IDLE)
-        self._claimant.leave()
+
+    def _beat(self) -> None:
+        """Renew the lease, in a thread of its own; if it is lost, what is written under it is refused anyway."""
+        with contextlib.suppress(DatabaseError):
+            while True:
+                time.sleep(_BEAT)
+                self._claimant.renew()
 
     def _work_on(self, queue: Queue, run_id: int, claim: Claim) -> None:
         if claim.quarantined:
@@ -210,9 +262,9 @@ class _Worker:
         self._claimant.renew()
         try:
             tally = self._database.patiently(lambda c: self._aggregate(c, queue, run_id, keys))
-        except DatabaseUnavailable:
-            raise
         except DatabaseError as error:
+            if not _is_about_data(error):
+                raise
             if len(keys) == 1:
                 refusal = Refusal(keys[0], "failed", "not_averaged", str(error)[:500])
                 self._database.patiently(lambda c: queue.refuse(c, self._claimant.token, [refusal]))
@@ -225,24 +277,16 @@ class _Worker:
             self._report(queue, tally)
 
     def _aggregate(self, connection: Connection, queue: Queue, run_id: int, keys: Sequence[int]) -> Tally:
-        options = self._job.options
-        # A range is read by index, and fits in memory. Statistics that lag behind a bulk load must not make the planner
-        # read the whole table for it instead.
-        set_local(connection, "enable_seqscan", "off")
-        set_local(connection, "enable_hashjoin", "off")
-        set_local(connection, "enable_mergejoin", "off")
-        set_local(connection, "work_mem", "64MB")
-        sql = _COMPUTE.format(model_id=self._job.model_id, average=_AVERAGES[options.average])
+        connection.execute(text(_PLAN))
         values = {
             **queue.scope,
             "keys": "{" + ",".join(map(str, keys)) + "}",
-            "min_utterances": options.min_utterances,
-            "average": options.average,
+            "min_utterances": self._job.min_utterances,
             "run_id": run_id,
             "token": self._claimant.token,
         }
         tally = Tally()
-        for status, code in connection.execute(text(sql), values):
+        for status, code in connection.execute(text(_COMPUTE.format(model_id=self._job.model_id)), values):
             if status == "done":
                 tally.done += 1
             else:
@@ -253,11 +297,19 @@ class _Worker:
         self._channel.send(Committed(queue.scope["dataset_id"], tally))
 
 
-def _range(connection: Connection, dataset_id: int, model_id: int) -> int:
-    """Speakers that hold about UTTERANCES_A_RANGE utterances."""
-    pending = centroid_queue(dataset_id, model_id).remaining(connection)
-    if pending <= MIN_RANGE * 10:
-        return MIN_RANGE
-    count = "SELECT count(*), count(DISTINCT speaker) FROM embstore.item WHERE dataset_id = :dataset_id"
-    items, speakers = connection.execute(text(count), {"dataset_id": dataset_id}).one()
-    return int(max(MIN_RANGE, min(MAX_RANGE, UTTERANCES_A_RANGE * speakers // max(items, 1))))
+def _is_about_data(error: DatabaseError) -> bool:
+    """Whether values or their storage are at fault, and not the server, its disk or a missing right."""
+    cause = error.__cause__
+    code = getattr(getattr(cause, "orig", cause), "pgcode", None) or ""
+    return code[:2] in ("22", "XX")
+
+
+def _range(connection: Connection, queue: Queue, dim: int) -> int:
+    """Speakers that hold about BYTES_A_RANGE of vectors, by a sample of the pending ones."""
+    count = text(
+        "SELECT count(*), count(DISTINCT centroid_id) FROM (SELECT c.centroid_id FROM embstore.centroid c"
+        " JOIN embstore.item i ON i.dataset_id = c.dataset_id AND i.speaker = c.speaker"
+        f" WHERE c.dataset_id = :dataset_id AND model_id = :model_id AND status = 'pending' LIMIT {_SAMPLE}) s"
+    )
+    utterances, speakers = connection.execute(count, queue.scope).one()
+    return int(max(MIN_RANGE, min(MAX_RANGE, BYTES_A_RANGE * speakers // max(utterances * dim * 4, 1))))

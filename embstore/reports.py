@@ -42,6 +42,24 @@ WHERE (CAST(:dataset_id AS integer) IS NULL OR d.dataset_id = :dataset_id)
 ORDER BY d.name, m.name, c.status, c.items DESC, c.error_code
 """
 
+# A speaker that changed and whose centroid waits anyway counts once.
+_CENTROIDS = """
+SELECT d.name, m.name, c.centroids, c.waiting + (
+    SELECT count(DISTINCT g.speaker) FROM embstore.speaker_change g
+    WHERE g.dataset_id = c.dataset_id AND g.model_id = c.model_id AND NOT EXISTS (
+        SELECT FROM embstore.centroid w WHERE w.dataset_id = g.dataset_id AND w.model_id = g.model_id
+            AND w.speaker = g.speaker AND w.status IN ('pending', 'running'))) AS stale
+FROM (
+    SELECT dataset_id, model_id, count(embedding) AS centroids,
+        count(*) FILTER (WHERE status IN ('pending', 'running')) AS waiting
+    FROM embstore.centroid
+    WHERE (CAST(:dataset_id AS integer) IS NULL OR dataset_id = :dataset_id)
+        AND (CAST(:model_id AS smallint) IS NULL OR model_id = :model_id)
+    GROUP BY 1, 2) c
+JOIN embstore.dataset d USING (dataset_id)
+JOIN embstore.model m USING (model_id)
+"""
+
 _REFUSED = """
 FROM embstore.extraction e
 WHERE e.status = ANY (:statuses)
@@ -89,6 +107,13 @@ class Reason(NamedTuple):
     items: int
 
 
+class Centroids(NamedTuple):
+    """How many centroids there are, and how many speakers the next `embstore centroids` has to compute."""
+
+    computed: int
+    stale: int
+
+
 @dataclass(frozen=True)
 class Progress:
     """How far a dataset is with a model: done + failed + skipped + pending + running = registered."""
@@ -108,6 +133,8 @@ class Progress:
     abandoned: int
     """Of the running: left by a worker that is gone; the next run takes them over."""
     reasons: tuple[Reason, ...]
+    centroids: Centroids | None = None
+    """None: no centroid was asked for yet."""
 
     @property
     def finished(self) -> int:
@@ -170,12 +197,18 @@ class Refused(NamedTuple):
 
 def progress(connection: Connection, dataset_id: int | None = None, model_id: int | None = None) -> list[Progress]:
     """How far each dataset is with each model that has worked on it, by name."""
-    rows = connection.execute(text(_PROGRESS), {"dataset_id": dataset_id, "model_id": model_id})
+    scope = {"dataset_id": dataset_id, "model_id": model_id}
+    averaged = {
+        (dataset, model): Centroids(*counts) for dataset, model, *counts in connection.execute(text(_CENTROIDS), scope)
+    }
+    rows = connection.execute(text(_PROGRESS), scope)
     by_scope = groupby(rows, key=lambda row: (row.dataset, row.model, row.registered))
-    return [_summed(*scope, list(group)) for scope, group in by_scope]
+    return [_summed(*key, averaged.get((key[0], key[1])), list(group)) for key, group in by_scope]
 
 
-def _summed(dataset: str, model: str | None, registered: int, rows: Iterable[Row[Any]]) -> Progress:
+def _summed(
+    dataset: str, model: str | None, registered: int, centroids: Centroids | None, rows: Iterable[Row[Any]]
+) -> Progress:
     counts = dict.fromkeys(("done", "failed", "skipped", "pending", "running"), 0)
     reasons, abandoned = [], 0
     for row in rows:
@@ -188,7 +221,14 @@ def _summed(dataset: str, model: str | None, registered: int, rows: Iterable[Row
     unqueued = registered - sum(counts.values())
     counts["pending"] += unqueued
     return Progress(
-        dataset, model, registered, **counts, unqueued=unqueued, abandoned=abandoned, reasons=tuple(reasons)
+        dataset,
+        model,
+        registered,
+        **counts,
+        unqueued=unqueued,
+        abandoned=abandoned,
+        reasons=tuple(reasons),
+        centroids=centroids,
     )
 
 

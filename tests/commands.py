@@ -97,6 +97,10 @@ class Command:
         os.killpg(self.pid, signal.SIGKILL)
 
 
+Start = Callable[..., Command]
+"""Starts a command with these words; keywords are environment."""
+
+
 class Watcher:
     """Looks into the database from outside, to strike at a known moment."""
 
@@ -104,10 +108,11 @@ class Watcher:
         self._address = make_url(address).set(drivername="postgresql").render_as_string(hide_password=False)
 
     def rows(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
-        """Run one statement in a transaction of its own; its rows, if it has any."""
+        """Run one statement by itself; its rows, if it has any."""
         connection = psycopg2.connect(self._address, application_name="test")
         try:
-            with connection, connection.cursor() as cursor:
+            connection.autocommit = True
+            with connection.cursor() as cursor:
                 cursor.execute(sql, values)
                 return cursor.fetchall() if cursor.description else []
         finally:

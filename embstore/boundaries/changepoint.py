@@ -4,8 +4,9 @@
 2. Optimal partitioning chooses among them (`partition.Partition`): each cut must save more of the squared distances to
    the segments' means than a penalty, `beta / 2 * noise * ln(n)` with the noise measured around it (as in BIC:
    Yao 1988, "Estimating the number of change-points via Schwarz' criterion").
-3. A set that is sorted by keyword within a speaker has changes on two levels. So the segments' means are partitioned in
-   the same way. If that finds groups that differ by more than the segments within them do, the groups are the speakers.
+3. A set that is sorted by keyword within a speaker has changes on two levels. So it is divided at four times the
+   penalty too, and the segments' means are partitioned in the same way. Where either gives far fewer groups, which differ
+   by more than the segments within them do, the groups are the speakers.
 
 Memory: three blocks of vectors, the candidates of the unsettled end, and the score of every position.
 """
@@ -13,7 +14,7 @@ Memory: three blocks of vectors, the candidates of the unsettled end, and the sc
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,17 +23,30 @@ from numpy.typing import NDArray
 from embstore.boundaries import exact
 from embstore.boundaries.partition import Partition, Place, Segment, gain
 from embstore.boundaries.result import Boundary, Result, Window, Windows
-from embstore.boundaries.stream import Floats, Stretch, contrast, foreign, gains, noise, peaks, prefix_sums, stretches
+from embstore.boundaries.stream import (
+    SMALLEST,
+    Floats,
+    Stretch,
+    contrast,
+    foreign,
+    gains,
+    noise,
+    peaks,
+    stretches,
+    sums_before,
+)
 
 BETA = 1.5
 """How much a cut must save, in units of `noise * ln(n) / 2`."""
 LEAST = 3
 """Files that a segment has at least."""
-_SCALES = (3, 6, 12, 24, 48)
+_SCALES = 5
 _NEAR = 2
 _FEWEST = 1000
+_FIRM = 4.0
 _GROUP = 4
-_APART = 1.0
+_APART_FIRM = 2.0
+_APART_COARSE = 1.0
 
 
 @dataclass(slots=True)
@@ -72,13 +86,14 @@ def detect(
         return _known(windows, total, num_speakers, least, trace)
     seen = _Seen()
     fine = _Level(seen.trace if trace else None, "cut")
+    firm = _Level(seen.trace if trace else None, "firm cut")
     coarse = _Level(None, "group")
     penalty = 0.5 * beta * float(np.log(max(total, _FEWEST)))
-    found = fine.watch(_partition(_candidates(windows, penalty, least, seen), least))
+    found = fine.watch(_partition(_beside(_candidates(windows, penalty, least, seen), least, firm), least))
     means = (_as_window(number, segment) for number, segment in enumerate(found))
     for _ in coarse.watch(_partition(_candidates(means, penalty, least, None), least)):
         pass
-    return _result(fine, coarse, seen, {"beta": beta, "least": least, "num_speakers": None}, total)
+    return _result(fine, firm, coarse, seen, {"beta": beta, "least": least, "num_speakers": None}, total)
 
 
 @dataclass(slots=True)
@@ -118,15 +133,19 @@ class _Level:
     penalties: list[float] = field(default_factory=list)
     apart: list[float] = field(default_factory=list)
     """Half the squared distance of the means on both sides."""
+    last: Segment | None = None
 
     def watch(self, segments: Iterator[Segment]) -> Iterator[Segment]:
         """Note each cut on the way."""
-        before: Segment | None = None
         for segment in segments:
-            if before is not None:
-                self._note(before, segment)
+            self.take(segment)
             yield segment
-            before = segment
+
+    def take(self, segment: Segment) -> None:
+        """Note the cut before the next segment."""
+        if self.last is not None:
+            self._note(self.last, segment)
+        self.last = segment
 
     def _note(self, left: Segment, right: Segment) -> None:
         place = right.begin
@@ -178,46 +197,60 @@ def _screen(stretch: Stretch, start: Place, penalty: float, least: int, *, clean
     """
     spread = noise(stretch.rows)
     out = foreign(stretch, spread) if clean else np.zeros(stretch.end - stretch.begin, dtype=np.bool_)
-    rows = np.where(out[:, None], np.float32(0), stretch.own)
+    rows = np.where(out[:, None], np.float32(0), stretch.own) if out.any() else stretch.own
     strengths = np.ones(len(rows)) if every else _strengths(stretch, 0.25 * penalty * spread)
-    own = prefix_sums(rows)
+    strengths[: max(0, least - stretch.begin)] = 0
+    chosen = np.append(np.flatnonzero(strengths), len(rows))
+    sums = start.total + sums_before(rows, chosen)
     counts = start.count + np.concatenate([[0], np.cumsum(~out)])
-    lengths = start.squares + np.concatenate([[0.0], np.cumsum(np.einsum("ij,ij->i", rows, rows, dtype=np.float64))])
-
-    def place(at: int) -> Place:
-        row = stretch.begin + at
-        return Place(row, start.total + own[at], int(counts[at]), float(lengths[at]), penalty * spread)
-
-    chosen = [int(at) for at in np.flatnonzero(strengths) if stretch.begin + at >= least]
-    places = [place(at) for at in chosen]
-    end = place(len(rows))
-    return Candidates(stretch, spread, places, [float(strengths[at]) for at in chosen], end, int(out.sum()))
+    lengths = start.squares + np.concatenate([[0.0], np.cumsum(np.einsum("ij,ij->i", rows, rows), dtype=np.float64)])
+    places = [
+        Place(stretch.begin + int(at), total, int(counts[at]), float(lengths[at]), penalty * spread)
+        for at, total in zip(chosen, sums, strict=True)
+    ]
+    end = places.pop()
+    return Candidates(stretch, spread, places, strengths[chosen[:-1]].tolist(), end, int(out.sum()))
 
 
 def _strengths(stretch: Stretch, threshold: float) -> Floats:
     """The gain at each row of the block that is a peak at some scale or near one, 0 at the others."""
-    reach = 2 * _SCALES[-1]
-    low = max(stretch.first, stretch.begin - reach)
-    high = min(stretch.first + len(stretch.rows), stretch.end + reach)
-    rows = stretch.rows[low - stretch.first : high - stretch.first]
-    sums = prefix_sums(rows - rows.mean(axis=0))
-    best = np.zeros(len(sums))
-    for half in _SCALES:
-        saved = gains(sums, half)
-        best = np.maximum(best, np.where(peaks(saved, half // 2) & (saved > threshold), saved, 0))
+    best = np.zeros(stretch.end - stretch.begin)
+    for scale, saved in enumerate(gains(stretch, _SCALES)):
+        peak = peaks(saved, (SMALLEST << scale) // 2) & (saved > threshold)
+        best = np.maximum(best, np.where(peak, saved, 0))
     padded = np.pad(best, _NEAR)
     near = np.lib.stride_tricks.sliding_window_view(padded, 2 * _NEAR + 1).max(axis=1)
     # Where only the strongest are kept, a peak must not be lost to the places beside a stronger one.
     strengths: Floats = np.maximum(best, 0.5 * near)
-    return strengths[stretch.begin - low : stretch.end - low]
+    return strengths
+
+
+def _beside(blocks: Iterator[Candidates], least: int, firm: _Level) -> Iterator[Candidates]:
+    """Pass the blocks on, and divide the set at a higher penalty on the way."""
+    partition: Partition | None = None
+    end: Place | None = None
+    for block in blocks:
+        partition = partition or _beginning(block, least)
+        for place in block.places:
+            partition.add(replace(place, penalty=_FIRM * place.penalty))
+        for segment in partition.settled():
+            firm.take(segment)
+        yield block
+        end = block.end
+    if partition is not None and end is not None:
+        for segment in partition.finish(end):
+            firm.take(segment)
+
+
+def _beginning(block: Candidates, least: int) -> Partition:
+    return Partition(Place(0, np.zeros_like(block.end.total), 0, 0.0), least=least)
 
 
 def _partition(blocks: Iterator[Candidates], least: int) -> Iterator[Segment]:
     partition: Partition | None = None
     end: Place | None = None
     for block in blocks:
-        if partition is None:
-            partition = Partition(Place(0, np.zeros_like(block.end.total), 0, 0.0), least=least)
+        partition = partition or _beginning(block, least)
         for place in block.places:
             partition.add(place)
         yield from partition.settled()
@@ -226,33 +259,40 @@ def _partition(blocks: Iterator[Candidates], least: int) -> Iterator[Segment]:
         yield from partition.finish(end)
 
 
-def _result(fine: _Level, coarse: _Level, seen: _Seen, parameters: dict[str, Any], total: int) -> Result:
+def _result(fine: _Level, firm: _Level, coarse: _Level, seen: _Seen, parameters: dict[str, Any], total: int) -> Result:
     result = seen.result(parameters)
     level, rows = fine, fine.rows
-    if _two_levels(fine, coarse, result.notes):
-        level, rows = coarse, [fine.rows[number - 1] for number in coarse.rows]
+    if _are_groups(fine, firm, firm.rows, _APART_FIRM, result.notes):
+        level, rows = firm, firm.rows
+    else:
+        borders = [fine.rows[number - 1] for number in coarse.rows]
+        if _are_groups(fine, coarse, borders, _APART_COARSE, result.notes):
+            level, rows = coarse, borders
     if len(result.positions) != total:
         result.notes.append(f"{total} rows were announced and {len(result.positions)} came")
     _add_boundaries(result, level, rows)
     return result
 
 
-def _two_levels(fine: _Level, coarse: _Level, notes: list[str]) -> bool:
+def _are_groups(fine: _Level, groups: _Level, borders: list[int], apart: float, notes: list[str]) -> bool:
     """Whether the cuts are changes within a speaker (of keyword, of recording) and the groups of segments the speakers.
 
     Speakers who are sorted by sex or by source also form groups, but within such groups they differ more than the
-    groups' means do.
+    groups' means do. Short segments of speakers who sound alike are lost at a high penalty too, but not most of them.
+    `borders`: the rows where groups meet; `apart`: how many times as far as the segments within them the groups must be
+    from each other.
     """
-    if not coarse.rows or len(fine.rows) + 1 < _GROUP * (len(coarse.rows) + 1):
+    if not borders or len(fine.rows) + 1 < _GROUP * (len(borders) + 1):
         return False
-    borders = np.array(coarse.rows) - 1
-    within = float(np.median(np.delete(np.array(fine.apart), borders)))
-    between = float(np.median(coarse.apart))
-    taken = between > _APART * within
+    inside = ~np.isin(fine.rows, borders)
+    within = float(np.median(np.array(fine.apart)[inside]))
+    # Some speakers who meet are alike, so not the median: of words, none differ as much as most speakers.
+    between = float(np.quantile(groups.apart, 0.75))
+    taken = between > apart * within
     notes.append(
-        f"{len(fine.rows)} changes form {len(coarse.rows) + 1} groups; half the squared distance is {within:.3f} within"
+        f"{len(fine.rows)} changes form {len(borders) + 1} groups; half the squared distance is {within:.3f} within"
         f" groups and {between:.3f} between them: "
-        + ("the groups are taken for the speakers" if taken else "the changes are taken for the speakers")
+        + ("the groups are taken for the speakers" if taken else "that does not make the groups speakers")
     )
     return taken
 

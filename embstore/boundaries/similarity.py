@@ -68,9 +68,9 @@ def lowest_similarity(search: Search) -> tuple[int, list[str]]:
 
 def similarities(search: Search) -> Floats:
     """Cosine of the means left and right of each split, float64 [high - low + 1]."""
-    sums = prefix_sums(search.rows)
-    left = sums[search.low : search.high + 1]
-    right = sums[-1] - left
+    left = prefix_sums(search.rows[search.low : search.high])
+    left += search.rows[: search.low].sum(axis=0, dtype=np.float64)
+    right = left[-1] + search.rows[search.high :].sum(axis=0, dtype=np.float64) - left
     norms = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
     products: Floats = np.einsum("ij,ij->i", left, right)
     cosines: Floats = np.divide(products, norms, out=np.ones(len(left)), where=norms > 1e-9)

@@ -118,7 +118,8 @@ class Database:
         cause = error.orig if isinstance(error, DBAPIError) else error
         code = getattr(cause, "pgcode", None)
         words = _first_line(cause)
-        if code == "53100":
+        # Errors while connecting carry no code; on a full disk a new session may fail to write its cache.
+        if code == "53100" or (code is None and "No space left on device" in words):
             return DatabaseError(
                 f"the disk of the database is full ({words}): free some space there and run the same command again"
             )

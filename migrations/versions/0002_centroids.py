@@ -40,7 +40,8 @@ CREATE TABLE embstore.centroid (
 ) WITH (autovacuum_vacuum_scale_factor = 0.02, autovacuum_analyze_scale_factor = 0.02);
 CREATE INDEX centroid_pending ON embstore.centroid (dataset_id, model_id, centroid_id) WHERE status = 'pending';
 CREATE INDEX centroid_running ON embstore.centroid (dataset_id, model_id, centroid_id) WHERE status = 'running';
-COMMENT ON TABLE embstore.speaker_change IS 'speakers whose utterances changed since their centroid was last considered';
+COMMENT ON TABLE embstore.speaker_change IS
+    'speakers whose utterances changed since their centroid was last considered';
 COMMENT ON COLUMN embstore.centroid.cohesion IS 'mean cosine of the utterances to the centroid';
 COMMENT ON COLUMN embstore.centroid.lowest_item_id IS 'the utterance that is least like the centroid';
 COMMENT ON COLUMN embstore.centroid.attempts IS 'counted when claimed';
@@ -52,15 +53,13 @@ COMMENT ON COLUMN embstore.centroid.claim_token IS 'lease of the worker that has
 # write utterances of one speaker fight over.
 TRIGGERS = """
 CREATE FUNCTION embstore.note_extractions() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
-    -- Claims, of which there are as many as results, end here.
-    IF EXISTS (SELECT FROM now_there WHERE status = 'done') OR EXISTS (SELECT FROM before_it WHERE status = 'done') THEN
-        INSERT INTO embstore.speaker_change (dataset_id, model_id, speaker)
-        SELECT DISTINCT n.dataset_id, n.model_id, i.speaker
-        FROM now_there n
-        JOIN before_it o USING (dataset_id, model_id, item_id)
-        JOIN embstore.item i USING (dataset_id, item_id)
-        WHERE (n.status = 'done') <> (o.status = 'done') AND i.speaker IS NOT NULL;
-    END IF;
+    -- Nothing updates what is done but to undo it, so the two need not be held against each other.
+    INSERT INTO embstore.speaker_change (dataset_id, model_id, speaker)
+    SELECT DISTINCT c.dataset_id, c.model_id, i.speaker
+    FROM (SELECT dataset_id, model_id, item_id FROM now_there WHERE status = 'done'
+          UNION ALL SELECT dataset_id, model_id, item_id FROM before_it WHERE status = 'done') c
+    JOIN embstore.item i USING (dataset_id, item_id)
+    WHERE i.speaker IS NOT NULL;
     RETURN NULL;
 END $$;
 CREATE TRIGGER note_extractions AFTER UPDATE ON embstore.extraction
@@ -161,7 +160,8 @@ LANGUAGE sql STABLE SET search_path = public, embstore, pg_temp AS $$
     WHERE d.name = $1 AND m.name = $2
     ORDER BY e.embedding <=> c.embedding DESC LIMIT $3
 $$;
-COMMENT ON FUNCTION embstore.outlier_utterances IS 'the k utterances that lie farthest from the centroid of their speaker';
+COMMENT ON FUNCTION embstore.outlier_utterances IS
+    'the k utterances that lie farthest from the centroid of their speaker';
 
 CREATE FUNCTION embstore.similar_speakers(dataset text, model text, threshold double precision)
 RETURNS TABLE (speaker text, other_speaker text, cosine double precision)
@@ -172,7 +172,8 @@ LANGUAGE sql STABLE SET search_path = public, embstore, pg_temp AS $$
     WHERE a.dataset = $1 AND a.model = $2 AND 1 - (a.embedding <=> b.embedding) >= $3
     ORDER BY a.embedding <=> b.embedding
 $$;
-COMMENT ON FUNCTION embstore.similar_speakers IS 'pairs of speakers whose centroids have at least this cosine similarity';
+COMMENT ON FUNCTION embstore.similar_speakers IS
+    'pairs of speakers whose centroids have at least this cosine similarity';
 """
 
 

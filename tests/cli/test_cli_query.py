@@ -63,6 +63,7 @@ def test_status_as_json(store: Database, cli: Cli) -> None:
             {"status": "failed", "code": "not_found", "items": 1},
             {"status": "skipped", "code": "no_speech", "items": 1},
         ],
+        "centroids": None,
     }
     assert (books["model"], books["pending"], books["unqueued"]) == (None, 3, 3)
 

@@ -20,10 +20,10 @@ QUERIES = re.findall(r"```sql\n-- ([^\n]+)\n(.*?)```", PAGE, re.DOTALL)
 
 @pytest.fixture
 def filled(database: Database, database_url: str) -> Database:
-    """The sample speech, embedded by the command."""
-    arguments = ["extract", str(ROOT / "examples" / "speech"), "--database-url", database_url]
-    result = CliRunner().invoke(embstore, arguments)
-    assert result.exit_code == 0, result.output
+    """The sample speech, embedded and averaged by the commands."""
+    for words in (["extract", str(ROOT / "examples" / "speech")], ["centroids"]):
+        result = CliRunner().invoke(embstore, [*words, "--database-url", database_url])
+        assert result.exit_code == 0, result.output
     return database
 
 
@@ -49,3 +49,20 @@ def test_every_query_of_the_page_runs(filled: Database) -> None:
     assert answers["items that a model has not embedded"] == []
     steps = answers["how alike each utterance is to the one before it: low where the speaker changes"]
     assert [row.position for row in steps] == list(range(files))
+
+    least = answers["the speakers whose utterances are least alike"]
+    assert [row.cohesion for row in least] == sorted(row.cohesion for row in least)
+    assert all(row.least_like_the_others.startswith(f"{row.speaker}/") for row in least)
+    near = answers["the speakers nearest to one"]
+    assert {row.other_speaker for row in near} <= set(speakers) - {"annie"}
+    assert [row.cosine for row in near] == sorted((row.cosine for row in near), reverse=True)
+    outliers = answers["the utterances farthest from the centroid of their own speaker: likely label errors"]
+    assert len(outliers) == 10
+    assert outliers[0].cosine == min(row.cosine for row in outliers)
+    titles = {title.partition(";")[0]: title for title in answers}
+    pairs = answers[titles["pairs of speakers that look like one person"]]
+    assert all(row.speaker < row.other_speaker and row.cosine >= 0.8 for row in pairs)
+    voices = answers["whose voice is this? the nearest centroid to each utterance"]
+    assert len(voices) == files
+    assert sum(row.speaker == row.nearest for row in voices) > 0.9 * files
+    assert answers["speakers without an up-to-date centroid, and why"] == []

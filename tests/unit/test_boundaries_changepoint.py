@@ -40,7 +40,7 @@ def test_real_speech(test_data: Path, sources: tuple[str, ...], least: int, most
     assert agreed / found >= 0.98
 
 
-@pytest.mark.parametrize(("size", "speakers"), [(45, 30), (200, 20), (1000, 6)])
+@pytest.mark.parametrize(("size", "speakers"), [(45, 30), (200, 20), (500, 8), (1000, 6), (3000, 4)])
 def test_sorted_by_keyword_within_a_speaker(test_data: Path, size: int, speakers: int) -> None:
     speech = RealSpeech.load(test_data, *WORDS)
     true = found = agreed = 0

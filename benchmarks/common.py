@@ -1,0 +1,98 @@
+"""What the benchmarks share: a server of their own, timing in turns, and a table of the result."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+
+from embstore.db import embedded, migrate
+from embstore.db.engine import Database
+from embstore.db.home import Home, is_free
+from embstore.settings import Settings
+
+Times = dict[str, list[float]]
+
+
+def arguments(description: str | None, *, rounds: int, items: int | None = None) -> argparse.ArgumentParser:
+    """The flags of a benchmark; `--items` only where it has an amount to do."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    if items is not None:
+        parser.add_argument("--items", type=int, default=items, help=f"how much to do (default: {items})")
+    parser.add_argument("--rounds", type=int, default=rounds, help=f"turns of each (default: {rounds})")
+    return parser
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A folder that other accounts may enter too: as root, PostgreSQL runs under another one."""
+    folder = Path(tempfile.mkdtemp(prefix="embstore-benchmark-"))
+    folder.chmod(0o755)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+@contextmanager
+def server() -> Iterator[Settings]:
+    """Settings of a new, migrated embedded server as users have it (fsync on), which is removed in the end."""
+    with temporary_folder() as folder:
+        settings = Settings(home=folder / "home")
+        place = Home.at(settings.home)
+        try:
+            database = Database(settings)
+            migrate.require_ready(database)
+            database.close()
+            yield settings
+        finally:
+            embedded.stop(settings.home, force=True)
+            while not is_free(place, place.keeper_lock):
+                time.sleep(0.05)
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """How long `work` takes."""
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+def in_turns(rounds: int, tasks: Mapping[str, Callable[[], float]]) -> Times:
+    """Run A B C A B C …; each task returns its seconds, and may prepare what it needs outside of them.
+
+    In turns, as the machine's speed drifts: a neighbour's load then falls on all of them alike.
+    """
+    times: Times = {name: [] for name in tasks}
+    for _ in range(rounds):
+        for name, task in tasks.items():
+            times[name].append(task())
+    return times
+
+
+def show(times: Mapping[str, Sequence[float]], items: int | None = None) -> None:
+    """Print minimum, median and maximum of each, and items a second at the median."""
+    width = max(map(len, times))
+    rate = "      items/s" if items else ""
+    print(f"{'':{width}}   {'min':>10} {'median':>10} {'max':>10}{rate}")
+    for name, taken in times.items():
+        figures = " ".join(f"{1000 * value:>7,.1f} ms" for value in (min(taken), median(taken), max(taken)))
+        print(f"{name:{width}}   {figures}" + (f"   {items / median(taken):>10,.0f}" if items else ""))
+
+
+def show_ratio(words: str, value: float, target: str) -> None:
+    """Print a ratio beside its target, and how busy the machine was."""
+    print(f"\n{words}: {value:.2f}   (target: {target})   load of the last minute: {os.getloadavg()[0]:.1f}\n")
+
+
+def ratio(times: Times, over: str, under: str) -> float:
+    """Ratio of the medians."""
+    return median(times[over]) / median(times[under])

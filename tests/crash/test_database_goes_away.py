@@ -1,0 +1,135 @@
+"""The database restarts, loses its connections, or stays away, in the middle of a run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from audit import ITEMS, Vectors, audit
+from commands import Command, Start, Watcher, wait_until
+
+from embstore.db import embedded, migrate
+from embstore.db.engine import Database
+from embstore.db.home import Home, is_free
+from embstore.settings import load
+
+Runs = list[Command]
+
+
+@pytest.fixture
+def other_home() -> Iterator[Path]:
+    """A home of its own, whose server a test may kill."""
+    # Not pytest's temporary folder: that is closed to the account that the server runs under when we are root.
+    folder = Path(tempfile.mkdtemp(prefix="embstore-tests-"))
+    folder.chmod(0o755)
+    home = folder / "home"
+    yield home
+    embedded.stop(home, force=True)
+    place = Home.at(home)
+    while not is_free(place, place.keeper_lock):
+        time.sleep(0.05)
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def other_server(other_home: Path) -> Iterator[str]:
+    """The address of a server that nobody but the test starts and stops, as one behind a DATABASE_URL."""
+    address = embedded.ensure_running(other_home)
+    database = Database(load(database_url=address, home=other_home))
+    migrate.upgrade(database)
+    database.close()
+    yield address
+    embedded.ensure_running(other_home)
+
+
+def test_all_connections_are_cut_again_and_again(
+    start: Start, tones: Path, watcher: Watcher, undisturbed: Vectors, runs: Runs
+) -> None:
+    run = start("extract", str(tones), "--model", "probe", "--workers", "2", PROBE_SLEEP=0.02)
+    watcher.wait_for_claims()
+    for _ in range(4):
+        done = watcher.count("done")
+        watcher.rows(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND application_name = 'embstore'"
+        )
+        watcher.wait_for_done(done + 20)
+    assert run.wait() == 0, run.err
+    assert audit(watcher, runs, expected=undisturbed) == {"done": ITEMS}
+
+
+def test_the_embedded_server_is_killed_and_the_run_starts_it_again(
+    start: Start, tones: Path, undisturbed: Vectors, runs: Runs, other_home: Path
+) -> None:
+    watcher = Watcher(embedded.ensure_running(other_home))
+    words = ("extract", str(tones), "--model", "probe", "--workers", "2")
+    run = start(*words, DATABASE_URL="", EMBSTORE_HOME=other_home, PROBE_SLEEP=0.02)
+    wait_until(lambda: watcher.rows("SELECT to_regclass('embstore.extraction')::text") != [(None,)], "the tables")
+    watcher.wait_for_done(40)
+    postmaster = embedded.status(other_home).pid
+    assert postmaster is not None
+    os.kill(postmaster, signal.SIGKILL)
+    assert run.wait() == 0, run.err
+    assert embedded.status(other_home).pid not in (None, postmaster)
+    assert audit(watcher, runs, expected=undisturbed) == {"done": ITEMS}
+
+
+def test_a_server_that_stops_and_starts_is_waited_for(
+    start: Start, tones: Path, undisturbed: Vectors, runs: Runs, other_home: Path, other_server: str
+) -> None:
+    watcher = Watcher(other_server)
+    words = ("extract", str(tones), "--model", "probe", "--workers", "2")
+    run = start(*words, DATABASE_URL=other_server, PROBE_SLEEP=0.02)
+    watcher.wait_for_done(40)
+    embedded.stop(other_home, force=True)
+    time.sleep(2)  # longer than a batch takes: everybody notices
+    assert run.process.poll() is None
+    embedded.ensure_running(other_home)
+    assert run.wait() == 0, run.err
+    assert audit(watcher, runs, expected=undisturbed) == {"done": ITEMS}
+
+
+def test_a_server_that_stays_away_ends_the_run_and_loses_nothing(
+    start: Start, tones: Path, undisturbed: Vectors, runs: Runs, other_home: Path, other_server: str
+) -> None:
+    watcher = Watcher(other_server)
+    words = ("extract", str(tones), "--model", "probe", "--workers", "2")
+    env = {"DATABASE_URL": other_server, "PROBE_SLEEP": 0.02, "EMBSTORE_TEST_PATIENCE_SECONDS": 1}
+    for _ in range(4):  # more often than an item may kill its worker
+        done = watcher.count("done")
+        run = start(*words, **env)
+        watcher.wait_for_done(done + 10)
+        watcher.wait_for_claims()
+        embedded.stop(other_home, force=True)
+        assert run.wait() == 3
+        assert _only_line(run).startswith("error: no database at ")
+        embedded.ensure_running(other_home)
+        assert watcher.count("done") >= done + 10
+    assert start(*words, **env).wait() == 0
+    assert audit(watcher, runs, expected=undisturbed) == {"done": ITEMS}
+
+
+def test_ctrl_c_twice_while_the_server_is_away_leaves_at_once(
+    start: Start, tones: Path, runs: Runs, other_home: Path, other_server: str
+) -> None:
+    watcher = Watcher(other_server)
+    run = start("extract", str(tones), "--model", "probe", DATABASE_URL=other_server, PROBE_SLEEP=0.02)
+    watcher.wait_for_done(10)
+    embedded.stop(other_home, force=True)
+    run.press_ctrl_c()
+    wait_until(lambda: "again leaves at once" in run.err, "the word that it stops")
+    assert run.process.poll() is None
+    run.press_ctrl_c()
+    assert run.wait(15) in (3, 130)  # far less than its patience with the database
+    wait_until(lambda: not run.members(), "the workers to end", 1)
+
+
+def _only_line(run: Command) -> str:
+    (line,) = run.err.splitlines()
+    return line

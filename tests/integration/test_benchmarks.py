@@ -1,0 +1,35 @@
+"""The main job's benchmarks run from start to end at a tiny size, so that they don't rot; no figure is looked at."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+SMALL = {
+    "claim": ["--items", "2000", "--rounds", "2"],
+    "extract": ["--items", "6", "--rounds", "1"],
+    "register": ["--items", "3000", "--rounds", "1"],
+    "startup": ["--rounds", "1"],
+    "write": ["--items", "600", "--rounds", "2"],
+}
+
+
+def run(name: str, *more: str) -> str:
+    result = subprocess.run(
+        [sys.executable, BENCHMARKS / f"{name}.py", *SMALL[name], *more], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("name", sorted(set(SMALL) - {"extract"}))
+def test_a_benchmark_prints_its_ratio(name: str) -> None:
+    assert "(target: " in run(name)
+
+
+def test_the_extraction_benchmark_prints_its_ratio(test_data: Path) -> None:
+    assert "end-to-end speed" in run("extract", "--data", str(test_data / "speech"))
