@@ -5,8 +5,8 @@
    the segments' means than a penalty, `beta / 2 * noise * ln(n)` with the noise measured around it (as in BIC:
    Yao 1988, "Estimating the number of change-points via Schwarz' criterion").
 3. A set that is sorted by keyword within a speaker has changes on two levels. So it is divided at four times the
-   penalty too, and the segments' means are partitioned in the same way. Where either gives far fewer groups, which differ
-   by more than the segments within them do, the groups are the speakers.
+   penalty too, and the segments' means are partitioned in the same way. Where either gives far fewer groups, which
+   differ by more than the segments within them do, the groups are the speakers.
 
 Memory: three blocks of vectors, the candidates of the unsettled end, and the score of every position.
 """
