@@ -3,8 +3,8 @@
 
 # An interpreter of your choice: make venv PYTHON=/path/to/python3.12
 PYTHON ?=
-# More arguments for pytest: make test ARGS="-x tests/unit"
-ARGS ?=
+# Arguments for pytest, by default one process a core: make test ARGS="-x tests/unit"
+ARGS ?= -n auto --dist loadfile
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
