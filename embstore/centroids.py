@@ -36,6 +36,7 @@ MIN_RANGE, MAX_RANGE = 10, 5_000
 CONNECTIONS_A_WORKER = 2
 """The second one renews the lease while a statement takes long: a speaker may have millions of utterances."""
 _SAMPLE = 20_000
+_MANY = 1_000
 _IDLE = 0.1
 _BEAT = 1.0
 
@@ -66,11 +67,14 @@ WHERE c.dataset_id = :dataset_id AND c.model_id = :model_id AND c.status IN ('pe
     AND NOT EXISTS (SELECT FROM embstore.item i WHERE i.dataset_id = c.dataset_id AND i.speaker = c.speaker)
 """
 
+_ANALYZE = "ANALYZE embstore.centroid (dataset_id, model_id, centroid_id, speaker, status)"
+
 # One speaker after the other (LATERAL), so that no more than one speaker's vectors are held at a time, each fetched
 # once; and its utterances in the order of their ids, so that sums are the same bits whatever else is in the range.
-# pgvector's `<=>` calculates in float32, and is wrong where squares leave its range: only there are the vectors brought
+# pgvector's `<=>` calculates in float32, and is wrong where squares leave its range: only there are vectors brought
 # to unit length first. An average of unit vectors that is shorter than float32's rounding has no direction.
-# min(ARRAY): the lowest cosine and whose it is, without sorting.
+# By ctid: of the indexes, the planner takes the wrong one where statistics are old. The fence is that of the row as it is
+# once it is locked.
 _COMPUTE = """
 UPDATE embstore.centroid c SET
     status = r.status, error_code = r.code,
@@ -79,7 +83,7 @@ UPDATE embstore.centroid c SET
         THEN format('%s utterances are fewer than the minimum of %s', s.utterances, :min_utterances) END,
     embedding = CASE WHEN r.status = 'done' THEN s.vector END,
     num_utterances = s.utterances, cohesion = s.cohesion,
-    lowest_item_id = s.lowest[2], lowest_cosine = s.lowest[1],
+    lowest_item_id = s.lowest_item_id, lowest_cosine = s.lowest,
     run_id = :run_id, finished_at = clock_timestamp()
 FROM embstore.centroid o
 CROSS JOIN LATERAL (
@@ -96,24 +100,23 @@ CROSS JOIN LATERAL (
         FROM (SELECT count(*) AS utterances,
                   avg(CASE o.average WHEN 'unit' THEN l2_normalize(embedding) ELSE embedding END) AS vector
               FROM utterance) a
-    ), compared AS (
+    ), compared AS MATERIALIZED (
         SELECT item_id, CASE
             WHEN norm BETWEEN 1e-15 AND 1e15 AND vector_norm(embedding) BETWEEN 1e-15 AND 1e15
             THEN 1 - (embedding <=> vector)
             ELSE least(1, -(l2_normalize(embedding) <#> l2_normalize(vector))) END AS cosine
         FROM utterance CROSS JOIN average WHERE NOT is_zero
-        OFFSET 0
     )
-    SELECT utterances, vector, is_zero, cohesion, lowest
-    FROM average CROSS JOIN (SELECT avg(cosine) AS cohesion, min(ARRAY[cosine, item_id]) AS lowest FROM compared) m
+    SELECT utterances, vector, is_zero, cohesion, lowest,
+        (SELECT item_id FROM compared WHERE cosine = lowest LIMIT 1) AS lowest_item_id
+    FROM average CROSS JOIN (SELECT avg(cosine) AS cohesion, min(cosine) AS lowest FROM compared) m
 ) s
 CROSS JOIN LATERAL (
     SELECT CASE WHEN s.utterances < :min_utterances THEN 'skipped' WHEN s.is_zero THEN 'failed' ELSE 'done' END,
         CASE WHEN s.utterances < :min_utterances THEN 'too_few_utterances' WHEN s.is_zero THEN 'zero_vector' END
 ) AS r (status, code)
 WHERE o.dataset_id = :dataset_id AND o.model_id = :model_id AND o.centroid_id = ANY (CAST(:keys AS bigint[]))
-    AND c.dataset_id = :dataset_id AND c.model_id = :model_id AND c.centroid_id = o.centroid_id
-    AND c.status = 'running' AND c.claim_token = :token
+    AND c.ctid = o.ctid AND c.dataset_id = :dataset_id AND c.status = 'running' AND c.claim_token = :token
 RETURNING c.status, c.error_code
 """
 
@@ -163,8 +166,11 @@ def refresh(connection: Connection, dataset_id: int, model_id: int, options: Opt
         "min_utterances": options.min_utterances,
         "recompute": options.recompute,
     }
-    for sql in (_TAKE_CHANGES, _FORGET, _MARK):
-        connection.execute(text(sql), values)
+    changed = connection.execute(text(_TAKE_CHANGES), values).rowcount
+    if changed >= _MANY:
+        connection.execute(text(_ANALYZE))  # or claims, too, would be planned for the few rows of before
+    connection.execute(text(_FORGET), values)
+    connection.execute(text(_MARK), values)
 
 
 def compute(

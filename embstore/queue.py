@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Row, text
+from sqlalchemy import Connection, Row, TextClause, text
 
 from embstore.errors import LeaseLost
 
@@ -144,6 +144,7 @@ class Queue:
         names = {"table": table, "key": key, "scope": " AND ".join(f"{name} = :{name}" for name in scope)}
         names["abandoned"] = _ABANDONED.format(**names)
         self._names = names
+        self._statements: dict[str, TextClause] = {}
 
     def claim(self, connection: Connection, token: int, limit: int, after: int = 0) -> list[int]:
         """Claim up to `limit` pending rows with keys above `after`, in the order of the keys."""
@@ -215,4 +216,8 @@ class Queue:
         return sorted(row.key for row in rows)
 
     def _execute(self, connection: Connection, sql: str, **values: Any) -> Any:
-        return connection.execute(text(sql.format(**self._names)), {**self.scope, **values})
+        # Kept, as to take a statement apart anew takes as long as to send it.
+        statement = self._statements.get(sql)
+        if statement is None:
+            statement = self._statements[sql] = text(sql.format(**self._names))
+        return connection.execute(statement, {**self.scope, **values})

@@ -131,5 +131,6 @@ def test_ctrl_c_twice_while_the_server_is_away_leaves_at_once(
 
 
 def _only_line(run: Command) -> str:
-    (line,) = run.err.splitlines()
+    assert "Traceback" not in run.err
+    (line,) = [line for line in run.err.splitlines() if line.startswith("error")]
     return line

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psycopg2
 import pytest
-from helpers import Facts, ask, entry, fill, vectors_of
+from helpers import Facts, ask, entry, fill, vectors_of, wait_until_blocked
 from numpy.typing import NDArray
 from sqlalchemy import make_url, text
 
 from embstore import catalog, centroids, vectors
 from embstore.catalog import Dataset, StoredModel
 from embstore.centroids import Average, Options
+from embstore.claims import Claimant
 from embstore.db.engine import Database
 from embstore.errors import DatabaseError
 from embstore.progress import PlainDisplay
@@ -34,7 +38,7 @@ class Store:
 
     def __init__(self, database: Database, settings: Settings, dim: int, dataset: str = "calls") -> None:
         self.database = database
-        self._settings = settings
+        self.settings = settings
         self._name = dataset
         self._model = Facts(dim=dim)
         self._entries: dict[str, str | None] = {}
@@ -81,7 +85,7 @@ class Store:
         """As the command does it, with real worker processes."""
         return centroids.compute(
             self.database,
-            self._settings,
+            self.settings,
             StoredModel(self.model_id, self._model.name, self._model.dim),
             [Dataset(self.dataset_id, self._name, "audio", f"/data/{self._name}")],
             Options(**options),
@@ -428,7 +432,7 @@ def test_two_runs_that_want_different_averages_do_not_mix_them(crowd: Crowd) -> 
     with store.database.begin() as connection:
         run_id = catalog.start_run(connection, "centroids", store.dataset_id, store.model_id, {})
     assert store.read() == {}
-    job = centroids.Job(store._settings, store.model_id, ((store.dataset_id, run_id, 10),), 1)
+    job = centroids.Job(store.settings, store.model_id, ((store.dataset_id, run_id, 10),), 1)
     centroids.work(_Channel(), job)  # type: ignore[arg-type]
     for i, vector in enumerate(store.read().values()):
         assert np.abs(vector - expected(vectors_of(3, seed=i), "unit")).max() <= 1e-6
@@ -438,8 +442,6 @@ class _Channel:
     """A worker's line to a parent that is not there."""
 
     def __init__(self) -> None:
-        import threading
-
         self.stopping = threading.Event()
         self.sent: list[object] = []
 
@@ -495,6 +497,40 @@ def test_a_refresh_takes_a_running_speaker_away_from_a_worker_with_older_vectors
     assert ask(store.database, str(statement), **values) == []
     assert store.compute().tally.done == 1
     assert store.column("num_utterances")["bob"] == 5
+
+
+def test_a_range_that_takes_longer_than_a_lease_keeps_it(crowd: Crowd, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for a speaker with millions of utterances; here another transaction holds the row."""
+    store, _ = crowd
+    store.add("bob", vectors_of(1, seed=4))
+    store.refresh()
+    monkeypatch.setattr(centroids, "Claimant", partial(Claimant, lease_seconds=1.0))
+    monkeypatch.setattr(centroids, "_BEAT", 0.05)
+    job = centroids.Job(store.settings, store.model_id, ((store.dataset_id, 1, 10),), 1)
+    lease = "SELECT expires_at FROM embstore.lease ORDER BY token DESC LIMIT 1"
+    with ThreadPoolExecutor(1) as threads:
+        with store.database.begin() as connection:
+            # Not the claim's lock, which comes first, but that of the worker's UPDATE.
+            connection.exec_driver_sql(_WAIT)
+        with store.database.begin() as connection:
+            connection.exec_driver_sql("SELECT pg_advisory_xact_lock(1)")
+            working = threads.submit(centroids.work, _Channel(), job)  # type: ignore[arg-type]
+            wait_until_blocked(store.database)
+            first = ask(store.database, lease)[0][0]
+            while (ask(store.database, lease)[0][0] - first).total_seconds() < 1.5:
+                assert not working.done()
+        working.result()
+    assert store.column("(status, num_utterances)::text")["bob"] == "(done,4)"
+    assert ask(store.database, "SELECT attempts FROM embstore.centroid WHERE speaker = 'bob'") == [(1,)]
+
+
+_WAIT = """
+CREATE FUNCTION linger() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+    IF NEW.status = 'done' THEN PERFORM pg_advisory_xact_lock(1); END IF;
+    RETURN NEW;
+END $$;
+CREATE TRIGGER linger BEFORE UPDATE ON embstore.centroid FOR EACH ROW EXECUTE FUNCTION linger();
+"""
 
 
 # Speakers whose vectors cannot be averaged
