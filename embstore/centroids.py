@@ -73,8 +73,8 @@ _ANALYZE = "ANALYZE embstore.centroid (dataset_id, model_id, centroid_id, speake
 # once; and its utterances in the order of their ids, so that sums are the same bits whatever else is in the range.
 # pgvector's `<=>` calculates in float32, and is wrong where squares leave its range: only there are vectors brought
 # to unit length first. An average of unit vectors that is shorter than float32's rounding has no direction.
-# By ctid: of the indexes, the planner takes the wrong one where statistics are old. The fence is that of the row as it is
-# once it is locked.
+# By ctid: of the indexes, the planner takes the wrong one where statistics are old. The fence is that of the row as it
+# is once it is locked.
 _COMPUTE = """
 UPDATE embstore.centroid c SET
     status = r.status, error_code = r.code,
