@@ -27,12 +27,14 @@ ALTER TABLE embstore.embedding ATTACH PARTITION embstore.embedding_{id} FOR VALU
 """
 
 # The cast stands in the view and the partition is named: only so will an index on the typed vector be used through it.
+# All its rows are of the model; saying so lets an item's vector be found by the whole primary key.
 _VIEW = """
 CREATE VIEW embstore.{view} WITH (security_invoker) AS
     SELECT d.name AS dataset, e.item_id, i.position, i.path, i.start, i.speaker, e.embedding::vector({dim}) AS embedding
     FROM embstore.embedding_{id} e
     JOIN embstore.item i USING (dataset_id, item_id)
     JOIN embstore.dataset d USING (dataset_id)
+    WHERE e.model_id = {id}
 """
 
 # The index on the position gives the order, and each vector is looked up by its key: nothing is sorted.
