@@ -51,7 +51,7 @@ def other_server(other_home: Path) -> Iterator[str]:
 def test_all_connections_are_cut_again_and_again(
     start: Start, tones: Path, watcher: Watcher, undisturbed: Vectors, runs: Runs
 ) -> None:
-    run = start("extract", str(tones), "--model", "probe", "--workers", "2", PROBE_SLEEP=0.02)
+    run = start("extract", str(tones), "--model", "probe", "--workers", "2", PROBE_SLEEP=0.05)
     watcher.wait_for_claims()
     for _ in range(4):
         done = watcher.count("done")
@@ -69,7 +69,7 @@ def test_the_embedded_server_is_killed_and_the_run_starts_it_again(
 ) -> None:
     watcher = Watcher(embedded.ensure_running(other_home))
     words = ("extract", str(tones), "--model", "probe", "--workers", "2")
-    run = start(*words, DATABASE_URL="", EMBSTORE_HOME=other_home, PROBE_SLEEP=0.02)
+    run = start(*words, DATABASE_URL="", EMBSTORE_HOME=other_home, PROBE_SLEEP=0.05)
     wait_until(lambda: watcher.rows("SELECT to_regclass('embstore.extraction')::text") != [(None,)], "the tables")
     watcher.wait_for_done(40)
     postmaster = embedded.status(other_home).pid
@@ -85,7 +85,7 @@ def test_a_server_that_stops_and_starts_is_waited_for(
 ) -> None:
     watcher = Watcher(other_server)
     words = ("extract", str(tones), "--model", "probe", "--workers", "2")
-    run = start(*words, DATABASE_URL=other_server, PROBE_SLEEP=0.02)
+    run = start(*words, DATABASE_URL=other_server, PROBE_SLEEP=0.05)
     watcher.wait_for_done(40)
     embedded.stop(other_home, force=True)
     time.sleep(2)  # longer than a batch takes: everybody notices
@@ -100,7 +100,7 @@ def test_a_server_that_stays_away_ends_the_run_and_loses_nothing(
 ) -> None:
     watcher = Watcher(other_server)
     words = ("extract", str(tones), "--model", "probe", "--workers", "2")
-    env = {"DATABASE_URL": other_server, "PROBE_SLEEP": 0.02, "EMBSTORE_TEST_PATIENCE_SECONDS": 1}
+    env = {"DATABASE_URL": other_server, "PROBE_SLEEP": 0.05, "EMBSTORE_TEST_PATIENCE_SECONDS": 1}
     for _ in range(4):  # more often than an item may kill its worker
         done = watcher.count("done")
         run = start(*words, **env)
@@ -119,7 +119,7 @@ def test_ctrl_c_twice_while_the_server_is_away_leaves_at_once(
     start: Start, tones: Path, runs: Runs, other_home: Path, other_server: str
 ) -> None:
     watcher = Watcher(other_server)
-    run = start("extract", str(tones), "--model", "probe", DATABASE_URL=other_server, PROBE_SLEEP=0.02)
+    run = start("extract", str(tones), "--model", "probe", DATABASE_URL=other_server, PROBE_SLEEP=0.05)
     watcher.wait_for_done(10)
     embedded.stop(other_home, force=True)
     run.press_ctrl_c()

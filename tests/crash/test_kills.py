@@ -24,10 +24,10 @@ Runs = list[Command]
 
 @pytest.fixture
 def begin(start: Start, tones: Path) -> Start:
-    """Start the main job on `tones`: about three seconds of work for two workers."""
+    """Start the main job on `tones`: about six seconds of work for two workers."""
 
     def begin(**env: object) -> Command:
-        return start("extract", str(tones), "--model", "probe", "--workers", "2", **{"PROBE_SLEEP": 0.02, **env})
+        return start("extract", str(tones), "--model", "probe", "--workers", "2", **{"PROBE_SLEEP": 0.05, **env})
 
     return begin
 
@@ -35,7 +35,7 @@ def begin(start: Start, tones: Path) -> Start:
 def test_ctrl_c_at_several_moments_and_going_on(
     begin: Start, watcher: Watcher, undisturbed: Vectors, runs: Runs
 ) -> None:
-    for more in (0, 1, 20, 60):
+    for more in (0, 1, 20, 40):
         run = begin()
         watcher.wait_for_claims()
         done = watcher.count("done") + more
