@@ -35,7 +35,7 @@ ORPHAN_SECONDS = 5.0
 """How long a worker whose parent died may take to write what it has and to release the rest."""
 _TICK = 0.2
 _TERMINATED = 128 + signal.SIGTERM
-_ONE_WISH = 0.1
+ONE_WISH = 0.1
 """Seconds. `timeout` signals the command and then its whole group, the command again: that is no second Ctrl+C."""
 
 
@@ -252,7 +252,7 @@ class Crew:
 
         def count(_signal: int, _frame: FrameType | None) -> None:
             last, self._signalled = self._signalled, time.monotonic()
-            if self._signals and self._signalled - last < _ONE_WISH:
+            if self._signals and self._signalled - last < ONE_WISH:
                 return
             self._signals += 1
             if self._signals > 1:

@@ -18,6 +18,7 @@ from embstore.db import embedded, migrate
 from embstore.db.engine import Database
 from embstore.db.home import Home, is_free
 from embstore.settings import load
+from embstore.workers import ONE_WISH
 
 Runs = list[Command]
 
@@ -125,6 +126,7 @@ def test_ctrl_c_twice_while_the_server_is_away_leaves_at_once(
     run.press_ctrl_c()
     wait_until(lambda: "again leaves at once" in run.err, "the word that it stops")
     assert run.process.poll() is None
+    time.sleep(2 * ONE_WISH)
     run.press_ctrl_c()
     assert run.wait(15) in (3, 130)  # far less than its patience with the database
     wait_until(lambda: not run.members(), "the workers to end", 1)

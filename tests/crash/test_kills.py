@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 from audit import ITEMS, LEASE_SECONDS, Vectors, audit, read_vectors
 from commands import Command, Start, Watcher, wait_until, write_tone, write_tones
 
-from embstore.workers import ORPHAN_SECONDS
+from embstore.workers import ONE_WISH, ORPHAN_SECONDS
 
 INTERRUPTED = 130
 AT_ONCE = 10.0
@@ -83,6 +84,7 @@ def test_the_second_signal_does_not_wait_for_the_device(
     run.process.send_signal(number)
     wait_until(lambda: "again leaves at once" in run.err, "the word that it stops")
     assert run.process.poll() is None
+    time.sleep(2 * ONE_WISH)
     run.process.send_signal(number)
     assert run.wait(AT_ONCE) == INTERRUPTED
     statuses = audit(watcher, runs)
