@@ -149,17 +149,8 @@ def boundaries(
                 _say(line, summary, explain)
                 if output_dir is not None:
                     folder = _folder(output_dir, found.name, summary["dataset"], several)
-                    with database.begin() as connection:
-                        missing = report.write(
-                            folder,
-                            labels.result(connection, summary["run"]),
-                            summary["items"],
-                            labels.files(connection, summary["run"]),
-                            dataset=summary["dataset"],
-                            model=found.name,
-                            copy=not link,
-                        )
-                    line(f"  written to {folder}" + (f"; {len(missing):,} files are not there" if missing else ""))
+                    missing = _write(database, summary, found.name, folder, copy=not link)
+                    line(f"  written to {folder}" + (f"; {missing:,} files are not there" if missing else ""))
             reports += [{"model": found.name, **summary} for summary in summaries]
     if as_json:
         write_json(reports, sys.stdout)
@@ -170,6 +161,17 @@ def _folder(output_dir: Path, model: str, dataset: str, several: bool) -> Path:
     """Where a dataset's files go; its name must lead nowhere else."""
     name = "".join(c if c.isalnum() or c in "-_" else "_" for c in f"{dataset}-{model}")
     return output_dir / name if several else output_dir
+
+
+def _write(database: Database, summary: dict[str, Any], model: str, folder: Path, *, copy: bool) -> int:
+    """Write a run's picture, JSON and folders; returns how many files are not there."""
+    run = summary["run"]
+    with database.begin() as connection:
+        result, files = labels.result(connection, run), labels.files(connection, run)
+        missing = report.write(
+            folder, result, summary["items"], files, dataset=summary["dataset"], model=model, copy=copy
+        )
+    return len(missing)
 
 
 def _workers(settings: Settings, datasets: int) -> int:
