@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from embstore import catalog
+from embstore import catalog, recipes
 from embstore.catalog import Dataset
 from embstore.db.engine import Database
 from embstore.db.migrate import require_ready
@@ -20,13 +20,14 @@ from embstore.extract import devices, run
 from embstore.extract.devices import Plan
 from embstore.media.audio import EXTENSIONS
 from embstore.models.base import Recipe
-from embstore.models.registry import find
+from embstore.models.named import Named
 from embstore.progress import Display, display
 from embstore.register import Registered
 from embstore.settings import Settings, load
 from embstore.sources import SPEAKER_FROM_CHOICES, Source, open_source
 from embstore.supervise import Outcome, check_connections
 
+from .model_options import model_options
 from .options import database_options, opened
 from .outcome import exit_code, tell
 from .output import write_json
@@ -41,16 +42,7 @@ Work = tuple[Recipe, list[Dataset]]
 @click.argument("path", required=False, type=click.Path(path_type=Path))
 @click.option("--dataset", metavar="NAME", help="Name of the dataset.  [default: the folder's or manifest's name]")
 @click.option("--model", metavar="NAME", help=f"Embedding model.  [env: EMBEDDING_MODEL; default: {DEFAULT_MODEL}]")
-@click.option(
-    "--model-dir", metavar="DIR", type=click.Path(path_type=Path), help="Folder or file of the model, for wespeaker."
-)
-@click.option(
-    "--model-option",
-    "model_options",
-    metavar="NAME=VALUE",
-    multiple=True,
-    help="Any other option that the model takes.",
-)
+@model_options
 @click.option(
     "--workers",
     metavar="N",
@@ -79,8 +71,7 @@ def extract(
     path: Path | None,
     dataset: str | None,
     model: str | None,
-    model_dir: Path | None,
-    model_options: tuple[str, ...],
+    options: dict[str, str],
     workers: int | None,
     gpus: str | None,
     speaker_from: str,
@@ -107,10 +98,10 @@ def extract(
     source = None
     if path is not None:
         source = open_source(path, extensions=EXTENSIONS, speaker_from=speaker_from, root=root)
-    recipe = find(settings.embedding_model or DEFAULT_MODEL, _options(model_dir, model_options))
     say = _Speaker(as_json)
     with opened(settings) as database:
         require_ready(database)
+        recipe = _find(database, settings.embedding_model or DEFAULT_MODEL, options)
         works: list[Work]
         if source is not None:
             _check_model(database, recipe)
@@ -135,15 +126,10 @@ def extract(
     context.exit(exit_code(outcome for _, outcome in outcomes))
 
 
-def _options(model_dir: Path | None, pairs: Sequence[str]) -> dict[str, str]:
-    """What the command line says about the model. Raises UsageError."""
-    options = {"model_dir": str(model_dir)} if model_dir is not None else {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not (name and equals):
-            raise UsageError(f"--model-option '{pair}' is not NAME=VALUE, such as precision=fp32")
-        options[name] = value
-    return options
+def _find(database: Database, name: str, options: dict[str, str]) -> Named:
+    """The model of a name that the database keeps, or of an installed family. Raises ModelError, UsageError."""
+    with database.begin() as connection:
+        return recipes.find(connection, name, options)
 
 
 def _check_model(database: Database, recipe: Recipe) -> None:
@@ -166,7 +152,7 @@ def _open_works(database: Database, name: str | None, model: str | None, recipe:
             if (chosen is None or w.dataset == chosen) and (model is None or w.model == recipe.name)
         ]
     return [
-        (recipe if model_name == recipe.name else find(model_name, {}), [w.dataset for w in same])
+        (recipe if model_name == recipe.name else _find(database, model_name, {}), [w.dataset for w in same])
         for model_name, same in groupby(work, key=lambda w: w.model)
     ]
 

@@ -55,7 +55,7 @@ COMMANDS = {
     "failures": Entry("query", "failures", "List the items without an embedding, and why."),
     "retry": Entry("query", "retry", "Make failed items pending again."),
     "datasets": Entry("query", "datasets", "List the datasets."),
-    "models": Entry("query", "models", "List the models, stored and available."),
+    "models": Entry("models", "models", "List the models, stored and available; keep a recipe under a name."),
     "sql": Entry("sql", "sql", "Run a query and print its rows."),
     "db": Entry("database", "db", "Start, check, migrate, save and restore the database."),
 }

@@ -16,7 +16,6 @@ from sqlalchemy import Connection
 from embstore import catalog, reports
 from embstore.db.migrate import require_ready
 from embstore.errors import UsageError
-from embstore.models import registry
 from embstore.queue import Queue
 from embstore.reports import Progress, Refused
 from embstore.settings import Settings
@@ -235,35 +234,6 @@ def datasets(as_json: bool, settings: Settings) -> None:
 def _embedded(progress: Iterable[Progress], dataset: str) -> str:
     counts = [f"{one.model} {one.done:,}" for one in progress if one.dataset == dataset and one.model]
     return ", ".join(counts) or "nothing"
-
-
-@click.command()
-@_json_option
-@pass_settings
-def models(as_json: bool, settings: Settings) -> None:
-    """List the models, stored and available."""
-    with reading(settings) as connection:
-        stored = reports.models(connection)
-    installed = list(registry.available())
-    rows: list[dict[str, Any]] = [
-        one._asdict() | {"stored": True, "installed": one.name.partition(":")[0] in installed} for one in stored
-    ]
-    unused = {"media": None, "dim": None, "fingerprint": None, "vectors": 0, "stored": False, "installed": True}
-    names = {one.name for one in stored}
-    rows += [{"name": name} | unused for name in installed if name not in names]
-    if as_json:
-        write_json(rows, sys.stdout)
-        return
-    columns = ("name", "media", "dim", "vectors", "fingerprint", "state")
-    write_rows(columns, [_model_row(row) for row in rows], "table", sys.stdout)
-
-
-def _model_row(row: dict[str, Any]) -> tuple[Any, ...]:
-    state = (
-        ("stored" if row["installed"] else "stored, not installed here") if row["stored"] else "installed, not used yet"
-    )
-    fingerprint = row["fingerprint"] and row["fingerprint"][:12]
-    return row["name"], row["media"], row["dim"], row["vectors"], fingerprint, state
 
 
 def _scope(connection: Connection, dataset: str | None, model: str | None) -> tuple[int | None, int | None]:

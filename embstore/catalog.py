@@ -15,6 +15,7 @@ from sqlalchemy import Connection, text
 from embstore import vectors
 from embstore.errors import ModelError, UsageError
 from embstore.models.base import Recipe
+from embstore.models.named import Named
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def ensure_dataset(connection: Connection, name: str, media: str, root: str) -> 
 
 
 def ensure_model(connection: Connection, recipe: Recipe) -> int:
-    """Find or make a model by name; returns its model_id.
+    """Find or make a model by name; returns its model_id. What it was made of is kept with it, if the recipe says so.
 
     Raises ModelError if the name stands for other weights or settings: their vectors must never be mixed.
     """
@@ -103,12 +104,14 @@ def ensure_model(connection: Connection, recipe: Recipe) -> int:
         "dim": recipe.dim,
         "fingerprint": fingerprint,
         "settings": json.dumps(dict(recipe.settings)),
+        "family": recipe.family if isinstance(recipe, Named) else None,
+        "options": json.dumps(dict(recipe.options)) if isinstance(recipe, Named) else None,
     }
     # NOT EXISTS: a conflict alone would use up one of the 32,767 numbers that a smallint has, in every run.
     model_id = connection.execute(
         text(
-            "INSERT INTO embstore.model (name, media, dim, fingerprint, settings)"
-            " SELECT :name, :media, :dim, :fingerprint, CAST(:settings AS jsonb)"
+            "INSERT INTO embstore.model (name, media, dim, fingerprint, settings, family, options)"
+            " SELECT :name, :media, :dim, :fingerprint, CAST(:settings AS jsonb), :family, CAST(:options AS jsonb)"
             " WHERE NOT EXISTS (SELECT FROM embstore.model WHERE name = :name)"
             " ON CONFLICT (name) DO NOTHING RETURNING model_id"
         ),
@@ -197,7 +200,7 @@ def get_model(connection: Connection, name: str) -> StoredModel:
     ).one_or_none()
     if row is None:
         names = connection.execute(text("SELECT name FROM embstore.model ORDER BY name")).scalars().all()
-        raise ModelError(f"no vectors by a model '{name}': {_known(name, names, 'models')}")
+        raise ModelError(f"no model '{name}' in the database: {_known(name, names, 'models')}")
     return StoredModel(*row)
 
 

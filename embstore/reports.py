@@ -92,7 +92,7 @@ ORDER BY d.name
 """
 
 _MODELS = """
-SELECT m.name, m.media, m.dim, m.fingerprint, coalesce(e.vectors, 0)
+SELECT m.name, m.media, m.dim, m.fingerprint, coalesce(e.vectors, 0), m.family
 FROM embstore.model m
 LEFT JOIN (SELECT model_id, count(*) AS vectors FROM embstore.embedding GROUP BY model_id) e USING (model_id)
 ORDER BY m.name
@@ -180,6 +180,8 @@ class ModelSummary(NamedTuple):
     dim: int
     fingerprint: str
     vectors: int
+    family: str | None
+    """What makes it; None: made before families were kept."""
 
 
 class Refused(NamedTuple):

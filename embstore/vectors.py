@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import psycopg2.errors
 from numpy.typing import NDArray
 from sqlalchemy import Connection, text
+from sqlalchemy.exc import DBAPIError
 
 from embstore.db.copy import Column, copy_rows, read_rows
+from embstore.errors import UsageError
 from embstore.queue import Queue
 
 _PLAIN_UP_TO = 1900
@@ -37,6 +40,13 @@ CREATE VIEW embstore.{view} WITH (security_invoker) AS
     WHERE e.model_id = {id}
 """
 
+_VIEWS_ON = """
+SELECT DISTINCT format('embstore.%I', v.relname) FROM pg_depend d
+JOIN pg_rewrite r ON r.oid = d.objid AND d.classid = 'pg_rewrite'::regclass
+JOIN pg_class v ON v.oid = r.ev_class AND v.relkind = 'v' AND v.relnamespace = 'embstore'::regnamespace
+WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid = to_regclass(:table)
+"""
+
 # The index on the position gives the order, and each vector is looked up by its key: nothing is sorted.
 _PAGE = """
 SELECT i.position, i.item_id, e.embedding
@@ -60,6 +70,30 @@ def create_partition(connection: Connection, model_id: int, model: str, dim: int
         view = f"{view}_{model_id}"
     connection.execute(text(_PARTITION.format(id=model_id, dim=dim, storage=storage)))
     connection.execute(text(_VIEW.format(id=model_id, dim=dim, view=view)))
+
+
+def views(connection: Connection, model_id: int) -> list[str]:
+    """Names of embstore's own views on a model's vectors, with the schema."""
+    found = connection.execute(text(_VIEWS_ON), {"table": f"embstore.embedding_{model_id}"}).scalars()
+    return sorted(found)
+
+
+def drop_partition(connection: Connection, model_id: int) -> None:
+    """Drop a model's vectors and the views on them.
+
+    Raises UsageError if somebody's own views are made of them, or if they are locked for longer than lock_timeout.
+    """
+    try:
+        for view in views(connection, model_id):
+            connection.execute(text(f"DROP VIEW {view}"))
+        connection.execute(text(f"DROP TABLE embstore.embedding_{model_id}"))
+    except DBAPIError as error:
+        if isinstance(error.orig, psycopg2.errors.LockNotAvailable):
+            raise UsageError("somebody is reading or writing vectors and does not come to an end: try again") from error
+        if isinstance(error.orig, psycopg2.errors.DependentObjectsStillExist):
+            detail = " ".join((error.orig.diag.message_detail or "").split())
+            raise UsageError(f"something of your own is made of these vectors, drop it first: {detail}") from error
+        raise
 
 
 def write(

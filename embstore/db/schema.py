@@ -38,7 +38,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import JSONB
 
 SCHEMA = "embstore"
-HEAD = "0003"
+HEAD = "0004"
 """The newest migration. Revisions are numbered, so that older and newer can be told apart without loading Alembic."""
 
 MINIMUM_SERVER = 16
@@ -72,6 +72,9 @@ model = Table(
     Column("fingerprint", Text, nullable=False, comment="hash of weights and settings"),
     Column("settings", JSONB, nullable=False, comment="preprocessing and other facts, for people"),
     _timestamp("created_at", nullable=False, server_default=func.now()),
+    Column("family", Text, comment="entry in the group embstore.models that makes it; null: not known"),
+    Column("options", JSONB, comment="what the family makes it of"),
+    CheckConstraint("(family IS NULL) = (options IS NULL)", name="model_recipe"),
 )
 
 run = Table(

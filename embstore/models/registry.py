@@ -32,15 +32,25 @@ def find(name: str, options: Mapping[str, str]) -> Recipe:
 
     Raises ModelError if there is none or its package is broken, UsageError for options it does not know.
     """
+    return build(*resolve(name, options))
+
+
+def resolve(name: str, options: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+    """The family of `family` or `family:variant`, and its options, of which the variant is one. Raises UsageError."""
     family, colon, variant = name.partition(":")
+    if colon and "variant" in options:
+        raise UsageError(f"model {name}: the variant is given twice, in the name and as an option; leave one out")
+    return family, {**options, "variant": variant} if colon else dict(options)
+
+
+def build(family: str, options: Mapping[str, str]) -> Recipe:
+    """The recipe that a family makes of its options. Raises as `find` does."""
     entry = available().get(family)
     if entry is None:
         raise ModelError(_unknown(family))
-    if colon and "variant" in options:
-        raise UsageError(f"model {name}: the variant is given twice, in the name and as an option; leave one out")
     try:
         recipe = entry.load()
-        found: Recipe = recipe({**options, "variant": variant} if colon else dict(options))
+        found: Recipe = recipe(dict(options))
     except EmbstoreError:
         raise
     # A stranger's code runs here, and may raise anything.

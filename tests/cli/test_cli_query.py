@@ -1,4 +1,4 @@
-"""status, failures, retry, datasets, models."""
+"""status, failures, retry, datasets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 from click.testing import Result
@@ -183,22 +182,6 @@ def test_datasets(store: Database, cli: Cli) -> None:
     assert lines[3].split() == ["calls", "audio", "10", "2", "0", "small", "4", "/data/calls"]
     _, calls = json.loads(cli("datasets", "--json").stdout)
     assert (calls["items"], calls["speakers"], calls["vanished"], calls["models"][0]["done"]) == (10, 2, 0, 4)
-
-
-def test_models_stored_and_installed(store: Database, cli: Cli) -> None:
-    models: dict[str, Any] = {one["name"]: one for one in json.loads(cli("models", "--json").stdout)}
-    assert models["small"] == {
-        "name": "small",
-        "media": "audio",
-        "dim": 3,
-        "fingerprint": "0123456789abcdef",
-        "vectors": 4,
-        "stored": True,
-        "installed": False,
-    }
-    assert (models["statistical"]["stored"], models["statistical"]["installed"]) == (False, True)
-    lines = [" ".join(line.split()) for line in cli("models").stdout.splitlines()]
-    assert "small audio 3 4 0123456789ab stored, not installed here" in lines
 
 
 def test_refused_items_are_counted_by_reason(store: Database) -> None:

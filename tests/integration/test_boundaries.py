@@ -186,7 +186,7 @@ def test_errors_name_what_is_wrong(database: Database, run: Run) -> None:
     for arguments, words in (
         (("apply", "7"), "no boundary run 7"),
         (("--dataset", "nowhere"), "no dataset 'nowhere'"),
-        (("--model", "nobody"), "no vectors by a model 'nobody'"),
+        (("--model", "nobody"), "no model 'nobody' in the database"),
         (("--method", "magic"), "'magic' is not one of"),
         (("--segment-size", "0"), "0 is not in the range"),
     ):
