@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -36,6 +37,11 @@ _CONNECT_ARGS = {
 
 _SERVER_GOES_AWAY = {"57P01", "57P02", "57P03", "08000", "08001", "08003", "08006", "53300"}
 _TRY_AGAIN = {"40001", "40P01"}
+# Errors while connecting carry no code. A server that speaks another language is waited for in vain.
+_REFUSES = re.compile(
+    r"authentication failed|no password supplied|no pg_hba\.conf entry|is not permitted to log in"
+    r"|(role|database) \".*\" does not exist|permission denied for database"
+)
 
 
 class Database:
@@ -118,7 +124,7 @@ class Database:
         cause = error.orig if isinstance(error, DBAPIError) else error
         code = getattr(cause, "pgcode", None)
         words = _first_line(cause)
-        # Errors while connecting carry no code; on a full disk a new session may fail to write its cache.
+        # On a full disk a new session may fail to write its cache.
         if code == "53100" or (code is None and "No space left on device" in words):
             return DatabaseError(
                 f"the disk of the database is full ({words}): free some space there and run the same command again"
@@ -141,7 +147,8 @@ def _is_transient(error: Exception) -> bool:
     cause = error.orig if isinstance(error, DBAPIError) else error
     code = getattr(cause, "pgcode", None)
     if code is None:
-        return isinstance(cause, psycopg2.OperationalError | psycopg2.InterfaceError)
+        lost = isinstance(cause, psycopg2.OperationalError | psycopg2.InterfaceError)
+        return lost and not _REFUSES.search(str(cause))
     return code in _SERVER_GOES_AWAY or code in _TRY_AGAIN
 
 

@@ -245,6 +245,9 @@ def test_a_wrong_password_is_not_shown(
         assert "password authentication failed" in str(refusal_of(settings, good))
         refused = refusal_of(settings, good.set(password=None, query=dict(good.query) | {"password": PASSWORD}))
         assert "password authentication failed" in str(refused)
+        database = at_url(settings, good)
+        with pytest.raises(DatabaseUnavailable, match="password authentication failed"):
+            database.patiently(lambda _: None, patience=3600)  # would wait an hour for a server that went away
 
 
 def test_many_threads_use_no_more_connections_than_the_pool_has(
