@@ -5,8 +5,8 @@
        messages <---------------------------------- channel.send(message)
        end of file on the pipe  <----- either side died ----->  the child drains, then leaves
 
-Children ignore Ctrl+C, which a terminal sends to all of them: the parent tells them. They die with their parent, even a
-killed one, as its end of the pipe closes.
+Children ignore Ctrl+C and the end of a terminal, which it sends to all of them: the parent tells them. They die with
+their parent, even a killed one, as its end of the pipe closes.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import stat
 import sys
 import threading
 import time
@@ -35,6 +36,7 @@ ORPHAN_SECONDS = 5.0
 """How long a worker whose parent died may take to write what it has and to release the rest."""
 _TICK = 0.2
 _TERMINATED = 128 + signal.SIGTERM
+_STOPPERS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 ONE_WISH = 0.1
 """Seconds. `timeout` signals the command and then its whole group, the command again: that is no second Ctrl+C."""
 
@@ -81,8 +83,9 @@ class Channel:
 def _child(target: Callable[[Channel, Any], None], pipe: Connection, job: Any) -> None:
     channel = Channel(pipe)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: channel.stopping.set())
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPERS)
     threading.Thread(target=channel.listen, daemon=True, name="parent").start()
     try:
         target(channel, job)
@@ -248,17 +251,21 @@ class Crew:
 
     @contextlib.contextmanager
     def _signals_handled(self) -> Iterator[None]:
-        """First Ctrl+C or SIGTERM: drain. Second: leave at once."""
+        """First Ctrl+C, SIGTERM or end of the terminal: drain. Second: leave at once."""
 
-        def count(_signal: int, _frame: FrameType | None) -> None:
+        def count(number: int, _frame: FrameType | None) -> None:
+            if number == signal.SIGHUP:
+                _forget_closed_terminal()
             last, self._signalled = self._signalled, time.monotonic()
-            if self._signals and self._signalled - last < ONE_WISH:
+            # A shell passes the end of its terminal on, and the kernel tells of it too: that may take a while.
+            if self._signals and (self._signalled - last < ONE_WISH or number == signal.SIGHUP):
                 return
             self._signals += 1
             if self._signals > 1:
                 raise KeyboardInterrupt
 
-        before = {number: signal.signal(number, count) for number in (signal.SIGINT, signal.SIGTERM)}
+        heard = _STOPPERS if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else _STOPPERS - {signal.SIGHUP}  # nohup
+        before = {number: signal.signal(number, count) for number in heard}
         try:
             yield
         finally:
@@ -269,12 +276,21 @@ class Crew:
 @contextlib.contextmanager
 def _signals_blocked() -> Iterator[None]:
     """A child inherits the mask, so that a Ctrl+C in the second that Python takes to start does not reach it."""
-    signals = {signal.SIGINT, signal.SIGTERM}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPERS)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPERS)
+
+
+def _forget_closed_terminal() -> None:
+    """Let what is still printed go nowhere: on a terminal that is gone, each line of it would be an error."""
+    for descriptor in (1, 2):
+        with contextlib.suppress(OSError):
+            if stat.S_ISCHR(os.fstat(descriptor).st_mode) and not os.isatty(descriptor):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, descriptor)
+                os.close(nowhere)
 
 
 @contextlib.contextmanager

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+import select
 import shutil
 import signal
 import subprocess
 import sys
+import termios
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -32,23 +37,24 @@ def wait_until(holds: Callable[[], Any], what: str, seconds: float = PATIENCE) -
 
 
 class Command:
-    """An `embstore …` that runs, in a process group and session of its own."""
+    """An `embstore …` that runs, in a process group and session of its own; in a terminal of its own, if wanted."""
 
-    def __init__(self, words: tuple[str, ...], folder: Path, env: Mapping[str, str]) -> None:
+    def __init__(self, words: tuple[str, ...], folder: Path, env: Mapping[str, str], *, terminal: bool = False) -> None:
         self._out = folder / f"out-{time.monotonic_ns()}"
         self._err = self._out.with_name(self._out.name.replace("out", "err"))
-        program = [sys.executable, "-m", "embstore"] if words[0] != "timeout" else []
+        program = [sys.executable, "-m", "embstore"] if words[0] not in ("timeout", "nohup") else []
+        command, options = [*program, *words], {"cwd": folder, "env": os.environ | env, "start_new_session": True}
         with self._out.open("wb") as out, self._err.open("wb") as err:
-            self.process = subprocess.Popen(
-                [*program, *words],
-                cwd=folder,
-                env=os.environ | env,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=err,
-                start_new_session=True,
-            )
+            if terminal:
+                self._terminal = _Terminal(self._out)
+                self.process = self._terminal.start(command, options)
+            else:
+                self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, **options)
         self.pid = self.process.pid
+
+    def close_terminal(self) -> None:
+        """As somebody does who closes the window."""
+        self._terminal.close()
 
     @property
     def out(self) -> str:
@@ -97,8 +103,44 @@ class Command:
         os.killpg(self.pid, signal.SIGKILL)
 
 
+class _Terminal:
+    """A terminal whose screen goes into a file."""
+
+    def __init__(self, screen: Path) -> None:
+        self._ours, self._theirs = os.openpty()
+        self._screen = screen
+        self._open = True
+
+    def start(self, command: list[str], options: Mapping[str, Any]) -> subprocess.Popen[bytes]:
+        """Run a command in it, as its session's leader."""
+        process = subprocess.Popen(
+            command,
+            stdin=self._theirs,
+            stdout=self._theirs,
+            stderr=self._theirs,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            **options,
+        )
+        os.close(self._theirs)
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        return process
+
+    def close(self) -> None:
+        self._open = False
+        self._reader.join()
+        os.close(self._ours)
+
+    def _read(self) -> None:
+        # No program has it open any more: OSError.
+        with self._screen.open("ab", buffering=0) as screen, contextlib.suppress(OSError):
+            while self._open:
+                if select.select([self._ours], [], [], 0.05)[0]:
+                    screen.write(os.read(self._ours, 65536))
+
+
 Start = Callable[..., Command]
-"""Starts a command with these words; keywords are environment."""
+"""Starts a command with these words; keywords are environment, but for `terminal`."""
 
 
 class Watcher:

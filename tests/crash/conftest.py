@@ -65,10 +65,10 @@ def runs() -> Iterator[list[Command]]:
 def start(database_url: str, tmp_path: Path, probe: Path, runs: list[Command]) -> Start:
     """Start `embstore WORDS` at the test's own database; keywords are settings of the model and other environment."""
 
-    def start(*words: str, **env: object) -> Command:
+    def start(*words: str, terminal: bool = False, **env: object) -> Command:
         given = {name: str(value) for name, value in env.items()}
         own = {"DATABASE_URL": database_url, "PYTHONPATH": str(probe), "EMBSTORE_TEST_LEASE_SECONDS": LEASE_SECONDS}
-        run = Command(words, tmp_path, {name: str(value) for name, value in (own | given).items()})
+        run = Command(words, tmp_path, {name: str(value) for name, value in (own | given).items()}, terminal=terminal)
         runs.append(run)
         return run
 

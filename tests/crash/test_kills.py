@@ -73,6 +73,31 @@ def test_what_is_on_the_device_is_finished_after_one_sigterm(
     assert set(watcher.rows("SELECT attempts FROM embstore.extraction WHERE status = 'pending'")) == {(0,)}
 
 
+def test_a_closed_terminal_is_as_good_as_ctrl_c(
+    start: Start, tones: Path, watcher: Watcher, undisturbed: Vectors, runs: Runs, tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    words = ("extract", str(tones), "--model", "probe", "--workers", "2")
+    run = start(*words, terminal=True, PROBE_SLEEP=0.05, PROBE_LOG=log)
+    watcher.wait_for_done(20)
+    run.close_terminal()
+    assert run.wait() == INTERRUPTED
+    statuses = audit(watcher, runs, expected=undisturbed)
+    assert statuses == {"done": len(log.read_text().splitlines()), "pending": ITEMS - statuses["done"]}
+    assert watcher.rows("SELECT status FROM embstore.run") == [("interrupted",)]
+
+
+def test_nohup_goes_on_behind_a_closed_terminal(
+    start: Start, tones: Path, watcher: Watcher, undisturbed: Vectors, runs: Runs
+) -> None:
+    words = (sys.executable, "-m", "embstore", "extract", str(tones), "--model", "probe")
+    run = start("nohup", *words, terminal=True, PROBE_SLEEP=0.01)
+    watcher.wait_for_done(20)
+    run.close_terminal()
+    assert run.wait() == 0
+    assert audit(watcher, runs, expected=undisturbed) == {"done": ITEMS}
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_second_signal_does_not_wait_for_the_device(
     number: signal.Signals, start: Start, watcher: Watcher, tmp_path: Path, runs: Runs

@@ -49,9 +49,9 @@ class Heard:
 @pytest.fixture
 def heard() -> Iterator[Heard]:
     """An empty ear; afterwards, no process that was started is left, and signals are as they were."""
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     yield Heard()
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == handlers
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
     children = psutil.Process().children()
     assert not [child for child in children if "spawn_main" in "".join(child.cmdline())]
@@ -196,7 +196,7 @@ def gone(pids: list[int], seconds: float) -> bool:
     return True
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_first_signal_drains(number: signal.Signals) -> None:
     with parent_of("drain", "willing", "willing") as parent:
         parent.read_until("message", 2)
@@ -204,7 +204,7 @@ def test_the_first_signal_drains(number: signal.Signals) -> None:
         out, errors = parent.end()
     assert out.count("draining") == 2
     assert out.count("stopping") == 1
-    if number == signal.SIGINT:  # at a SIGTERM they need not wait for the parent to tell them, and then leave as told
+    if number != signal.SIGTERM:  # at a SIGTERM they need not wait for the parent to tell them, and then leave as told
         assert "death" not in out
     assert "interrupted" in out
     assert errors == ""
