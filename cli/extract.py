@@ -199,6 +199,8 @@ class _Speaker:
             self.line(f"  not registered: {problem}")
         if len(source.problems) > _PROBLEMS_SHOWN:
             self.line(f"  … and {len(source.problems) - _PROBLEMS_SHOWN:,} more problems")
+        if found.back:
+            self.line(f"  {found.back:,} items that were not found before are there now")
         if found.vanished:
             self.line(f"  {found.vanished:,} items vanished since the last scan; what is known of them is kept")
 

@@ -1,10 +1,13 @@
 """Registering: what a scan found becomes items, and pending extractions, by COPY and set-based SQL.
 
 The scan goes into a temporary table; one join against the items that are there says what is new, changed or gone.
+Where none are there yet, it goes straight into their table: the server builds its indexes while the rest is still read.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -16,36 +19,51 @@ from embstore.db.copy import PIECE
 from embstore.db.engine import set_local
 from embstore.sources import Entry
 
+# COPY knows no row-level security: a role whose rows are checked one by one has to take the other way.
+_MAY_FILL = """
+SELECT NOT row_security_active('embstore.item')
+    AND NOT EXISTS (SELECT FROM embstore.item WHERE dataset_id = :dataset_id)
+"""
+
 _SCAN = """
 CREATE TEMPORARY TABLE scan (
-    ordinal bigint, path text, speaker text, start double precision, duration double precision,
+    dataset_id integer, position bigint, path text, speaker text, start double precision, duration double precision,
     size bigint, mtime_ns bigint
 ) ON COMMIT DROP
+"""
+_COPY = """
+COPY {table} (dataset_id, position, path, speaker, start, duration, size, mtime_ns) FROM STDIN (FORMAT csv)
 """
 
 # An item that has no file now (size is null) keeps what was known of it. The vanished come behind the others, so that
 # positions stay without gaps. `coalesce` because a hash join needs plain equality, and a start is never negative.
-_DIFFERENCE = """
+_MISSED = "x.status = 'failed' AND x.error_code = 'not_found'"
+_DIFFERENCE = f"""
 CREATE TEMPORARY TABLE difference ON COMMIT DROP AS
-SELECT s.ordinal, s.path, s.speaker, s.start, s.duration, s.size, s.mtime_ns, i.item_id, i.vanished_at,
+SELECT s.path, s.speaker, s.start, s.duration, s.size, s.mtime_ns, i.item_id, i.vanished_at,
     s.path IS NULL AS is_gone,
     i.item_id IS NULL AS is_new,
     s.path IS NOT NULL AND i.item_id IS NOT NULL AND (
         s.size IS NOT NULL AND (s.size, s.mtime_ns) IS DISTINCT FROM (i.size, i.mtime_ns)
         OR s.duration IS DISTINCT FROM i.duration) AS is_changed,
+    s.size IS NOT NULL AND i.is_missed AS is_back,
     CASE WHEN s.path IS NULL
-        THEN :present + row_number() OVER (PARTITION BY s.path IS NULL ORDER BY i.position) - 1 ELSE s.ordinal
+        THEN :present + row_number() OVER (PARTITION BY s.path IS NULL ORDER BY i.position) - 1 ELSE s.position
     END AS position
 FROM scan s
-FULL JOIN (SELECT * FROM embstore.item WHERE dataset_id = :dataset_id) i
+FULL JOIN (
+    SELECT *, item_id IN (SELECT item_id FROM embstore.extraction x WHERE x.dataset_id = :dataset_id AND {_MISSED})
+        AS is_missed
+    FROM embstore.item WHERE dataset_id = :dataset_id) i
     ON i.path = s.path AND coalesce(i.start, -1) = coalesce(s.start, -1)
 WHERE s.path IS NULL OR i.item_id IS NULL OR i.vanished_at IS NOT NULL
-    OR (s.speaker, s.duration, s.ordinal) IS DISTINCT FROM (i.speaker, i.duration, i.position)
-    OR s.size IS NOT NULL AND (s.size, s.mtime_ns) IS DISTINCT FROM (i.size, i.mtime_ns)
+    OR (s.speaker, s.duration, s.position) IS DISTINCT FROM (i.speaker, i.duration, i.position)
+    OR s.size IS NOT NULL AND (i.is_missed OR (s.size, s.mtime_ns) IS DISTINCT FROM (i.size, i.mtime_ns))
 """
 
 _COUNT = """
 SELECT count(*) FILTER (WHERE is_new) AS new, count(*) FILTER (WHERE is_changed) AS changed,
+    count(*) FILTER (WHERE is_back) AS back,
     count(*) FILTER (WHERE is_gone AND vanished_at IS NULL) AS vanished,
     count(*) FILTER (WHERE is_gone AND vanished_at IS NOT NULL) AS vanished_before
 FROM difference
@@ -54,7 +72,7 @@ FROM difference
 _INSERT = """
 INSERT INTO embstore.item (dataset_id, position, path, start, duration, speaker, size, mtime_ns)
 SELECT :dataset_id, position, path, start, duration, speaker, size, mtime_ns
-FROM difference WHERE is_new ORDER BY ordinal
+FROM difference WHERE is_new ORDER BY position
 """
 
 _UPDATE = """
@@ -72,14 +90,19 @@ FROM difference d WHERE i.dataset_id = :dataset_id AND i.item_id = d.item_id AND
 # A changed file's old vector goes with the old status, in one transaction: never a vector without `done`. The status
 # goes first: that waits for a worker which is just writing the vector, and then fences it off.
 # ANY(ARRAY(…)) and not a join: see `_plan_for_many`.
-_START_OVER = """
-UPDATE embstore.extraction x SET status = 'pending', attempts = 0, claim_token = NULL, error_code = NULL, error = NULL,
-    finished_at = NULL
+_PENDING = "status = 'pending', attempts = 0, claim_token = NULL, error_code = NULL, error = NULL, finished_at = NULL"
+_START_OVER = f"""
+UPDATE embstore.extraction x SET {_PENDING}
 WHERE x.dataset_id = :dataset_id AND x.item_id = ANY (ARRAY(SELECT item_id FROM difference WHERE is_changed))
 """
 _FORGET_VECTORS = """
 DELETE FROM embstore.embedding e
 WHERE e.dataset_id = :dataset_id AND e.item_id = ANY (ARRAY(SELECT item_id FROM difference WHERE is_changed))
+"""
+# A worker did not find the file, and now it is there: unchanged perhaps, as on a disk that was not mounted.
+_TRY_AGAIN = f"""
+UPDATE embstore.extraction x SET {_PENDING}
+WHERE x.dataset_id = :dataset_id AND {_MISSED} AND x.item_id = ANY (ARRAY(SELECT item_id FROM difference WHERE is_back))
 """
 
 _ENQUEUE = """
@@ -97,10 +120,12 @@ class Registered:
     """What a scan found, against what was registered before."""
 
     found: int
-    new: int
-    changed: int
-    vanished: int
-    vanished_before: int
+    new: int = 0
+    changed: int = 0
+    vanished: int = 0
+    vanished_before: int = 0
+    back: int = 0
+    """Items that a worker had not found, changed or not."""
 
     @property
     def unchanged(self) -> int:
@@ -114,17 +139,20 @@ def register(connection: Connection, dataset_id: int, entries: Iterable[Entry], 
     The caller holds the lock on the dataset (`catalog.ensure_dataset`). With `dry_run` only the counts are taken.
     """
     values = {"dataset_id": dataset_id}
+    if connection.execute(text(_MAY_FILL), values).scalar_one():
+        found = sum(1 for _ in entries) if dry_run else _copy(connection, "embstore.item", dataset_id, entries)
+        return Registered(found, new=found)
     _plan_for_many(connection)
     connection.execute(text(_SCAN))
-    found = _copy(connection, entries)
+    found = _copy(connection, "scan", dataset_id, entries)
     connection.execute(text("ANALYZE scan"))
     connection.execute(text(_DIFFERENCE), {**values, "present": found})
     count = connection.execute(text(_COUNT)).one()
     if not dry_run:
-        for sql in (_START_OVER, _FORGET_VECTORS, _UPDATE, _VANISH, _INSERT):
+        for sql in (_START_OVER, _FORGET_VECTORS, _TRY_AGAIN, _UPDATE, _VANISH, _INSERT):
             connection.execute(text(sql), values)
     connection.execute(text("DROP TABLE scan, difference"))
-    return Registered(found, count.new, count.changed, count.vanished, count.vanished_before)
+    return Registered(found, count.new, count.changed, count.vanished, count.vanished_before, count.back)
 
 
 def enqueue(connection: Connection, dataset_id: int, model_id: int) -> int:
@@ -148,13 +176,14 @@ def _plan_for_many(connection: Connection) -> None:
     set_local(connection, "work_mem", "128MB")
 
 
-def _copy(connection: Connection, entries: Iterable[Entry]) -> int:
-    lines = _Lines(entries)
+def _copy(connection: Connection, table: str, dataset_id: int, entries: Iterable[Entry]) -> int:
+    """Append the entries to `table`, in their order; returns their number."""
+    lines = _Lines(dataset_id, entries)
     driver = connection.connection.driver_connection
     assert driver is not None
     try:
         with driver.cursor() as cursor:
-            cursor.copy_expert("COPY scan FROM STDIN", lines, size=PIECE)
+            cursor.copy_expert(_COPY.format(table=table), lines, size=PIECE)
     except psycopg2.Error:
         # psycopg2 makes an error of the server out of whatever happens in `read`, a Ctrl+C included.
         if lines.error is not None:
@@ -164,9 +193,14 @@ def _copy(connection: Connection, entries: Iterable[Entry]) -> int:
 
 
 class _Lines:
-    """A file, to psycopg2, of the entries in COPY's text form; made piece by piece, so a scan of any length streams."""
+    """A file, to psycopg2, of the entries as CSV; made piece by piece, so that a scan of any length streams.
 
-    def __init__(self, entries: Iterable[Entry]) -> None:
+    CSV because its writer is in C: to put together the lines of COPY's own form here took longer than to read them in a
+    manifest and to look at the files. A speaker without a letter is none: the writer makes the same of both.
+    """
+
+    def __init__(self, dataset_id: int, entries: Iterable[Entry]) -> None:
+        self._dataset_id = dataset_id
         self._entries = iter(entries)
         self.count = 0
         self.error: BaseException | None = None
@@ -174,29 +208,16 @@ class _Lines:
     def read(self, _size: int = -1) -> str:
         """The next few thousand lines; psycopg2 takes pieces of any length. Empty at the end."""
         try:
-            return "".join(self._next_lines(2000))
+            piece = io.StringIO(newline="")
+            # A name with a line end of either kind in it is quoted only if both are in the writer's own.
+            csv.writer(piece, lineterminator="\r\n").writerows(self._rows(2000))
+            return piece.getvalue()
         except BaseException as error:
             self.error = error
             raise
 
-    def _next_lines(self, limit: int) -> Iterator[str]:
-        for entry in islice(self._entries, limit):
-            yield (
-                f"{self.count}\t{_escape(entry.path)}\t{_escape(entry.speaker)}\t{_number(entry.start)}"
-                f"\t{_number(entry.duration)}\t{_number(entry.size)}\t{_number(entry.mtime_ns)}\n"
-            )
-            self.count += 1
-
-
-_ESCAPES = str.maketrans({"\\": r"\\", "\t": r"\t", "\n": r"\n", "\r": r"\r"})
-
-
-def _escape(value: str | None) -> str:
-    if value is None:
-        return r"\N"
-    # To look whether there is anything to escape takes a fifth of the time of `translate`.
-    return value if value.isprintable() and "\\" not in value else value.translate(_ESCAPES)
-
-
-def _number(value: float | None) -> str:
-    return r"\N" if value is None else repr(value)
+    def _rows(self, limit: int) -> Iterator[tuple[str | float | None, ...]]:
+        dataset_id, first = self._dataset_id, self.count
+        for position, e in enumerate(islice(self._entries, limit), first):
+            yield dataset_id, position, e.path, e.speaker, e.start, e.duration, e.size, e.mtime_ns
+            self.count = position + 1

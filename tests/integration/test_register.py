@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -10,13 +11,14 @@ from typing import Any
 
 import pytest
 from helpers import ITEMS, Facts, ask, at_once, entry, fill, finish_all, scan, vectors_of, wait_until_blocked
+from sqlalchemy import text
 
 from embstore import catalog, vectors
 from embstore.db.engine import Database
 from embstore.errors import UsageError
 from embstore.extract.run import register_source
 from embstore.queue import Queue, Refusal, take_lease
-from embstore.register import Registered, enqueue
+from embstore.register import Registered, enqueue, register
 from embstore.sources import Entry, open_source
 
 BRIEF = "SELECT path, position, vanished_at IS NOT NULL FROM embstore.item ORDER BY position"
@@ -90,7 +92,7 @@ def test_a_renamed_speaker_and_a_moved_item_keep_their_vectors(database: Databas
     assert moved == Registered(found=3, new=0, changed=0, vanished=0, vanished_before=0)
     found = ask(database, "SELECT path, speaker, status FROM embstore.item JOIN embstore.extraction USING (item_id)"
                           " ORDER BY position")  # fmt: skip
-    assert found == [("c.wav", "bob", "done"), ("a.wav", "anna", "done"), ("b.wav", "", "done")]
+    assert found == [("c.wav", "bob", "done"), ("a.wav", "anna", "done"), ("b.wav", None, "done")]
     assert ask(database, "SELECT item_id, embedding::text FROM embstore.embedding ORDER BY 1") == before
 
 
@@ -122,6 +124,50 @@ def test_a_file_that_is_missing_keeps_what_is_known_of_it(database: Database) ->
     assert ask(database, "SELECT size, mtime_ns FROM embstore.item ORDER BY path") == [(1000, 1), (3, 3)]
 
 
+def test_what_a_worker_did_not_find_is_pending_again_once_it_is_there(database: Database) -> None:
+    a, b, _, d = entries = [entry(f"{name}.wav") for name in "abcd"]
+    with database.begin() as connection:
+        queue = fill(connection, entries)
+        token = take_lease(connection)
+        keys = queue.claim(connection, token, 4)
+        codes = ["not_found", "not_found", "not_found", "decode_error"]
+        queue.refuse(
+            connection, token, [Refusal(key, "failed", code, "no") for key, code in zip(keys, codes, strict=True)]
+        )
+    assert scan(database, [a, replace(b, size=None, mtime_ns=None), d]) == Registered(3, 0, 0, 1, 0, back=1)
+    assert dict(ask(database, STATUS)) == {
+        "a.wav": "pending", "b.wav": "failed", "c.wav": "failed", "d.wav": "failed"
+    }  # fmt: skip
+    assert scan(database, entries, dry_run=True).back == 2
+    assert scan(database, entries).back == 2
+    assert scan(database, entries).back == 0
+    assert [path for path, status in ask(database, STATUS) if status == "pending"] == ["a.wav", "b.wav", "c.wav"]
+    finish_all(database, queue)
+
+
+def test_a_role_whose_rows_are_checked_one_by_one_registers_too(database: Database) -> None:
+    """COPY is refused where row-level security is at work."""
+    role = f"checked_{os.getpid()}"
+    entries = [entry(f"{i}.wav") for i in range(3)]
+    try:
+        with database.begin() as connection:
+            connection.execute(
+                text(f"""
+                CREATE ROLE {role};
+                GRANT USAGE ON SCHEMA embstore TO {role};
+                GRANT ALL ON ALL TABLES IN SCHEMA embstore TO {role};
+                ALTER TABLE embstore.item ENABLE ROW LEVEL SECURITY;
+                CREATE POLICY everything ON embstore.item USING (true)""")
+            )
+            connection.execute(text(f"SET LOCAL ROLE {role}"))
+            dataset = catalog.ensure_dataset(connection, "calls", "audio", "/data/calls")
+            assert register(connection, dataset.dataset_id, entries).new == 3
+        assert scan(database, entries).unchanged == 3
+    finally:
+        with database.begin() as connection:
+            connection.execute(text(f"DROP OWNED BY {role}; DROP ROLE {role}"))
+
+
 def test_stretches_of_one_file_are_items_of_their_own(database: Database) -> None:
     stretches = [(None, None), (0.0, None), (0.0001, 1.5), (1.5, 0.1 + 0.2), (1e5, 1e-9)]
     entries = [entry("a.wav", start=start, duration=duration) for start, duration in stretches]
@@ -135,7 +181,8 @@ def test_stretches_of_one_file_are_items_of_their_own(database: Database) -> Non
     assert [(row.start, row.duration) for row in rows] == [*stretches, (2.0, None)]
 
 
-def test_names_come_through_as_they_are(database: Database) -> None:
+@pytest.mark.parametrize("beside", [False, True])
+def test_names_come_through_as_they_are(beside: bool, database: Database) -> None:
     names = [
         "a\tb",
         "a\\b",
@@ -151,9 +198,13 @@ def test_names_come_through_as_they_are(database: Database) -> None:
     ]
     names += ["语音/ё/🎤", "caf\u00e9", "cafe\u0301", " lead and trail ", "a" * 2400]
     entries = [entry(name, name) for name in names] + [entry("no speaker", None), entry("empty", "")]
-    scan(database, entries)
-    found = ask(database, "SELECT path, speaker FROM embstore.item ORDER BY position")
-    assert found == [(e.path, e.speaker) for e in entries]
+    expected = [(e.path, e.speaker or None) for e in entries]
+    if beside:
+        scan(database, [entry("there before")])
+        entries = [*entries, entry("there before")]
+        expected += [("there before", None)]
+    assert scan(database, entries).new == len(names) + 2
+    assert ask(database, "SELECT path, speaker FROM embstore.item ORDER BY position") == expected
     assert scan(database, entries).unchanged == len(entries)
 
 
