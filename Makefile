@@ -10,7 +10,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint types imports check bench clean
+.PHONY: help venv demo test soak lint types imports check bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -44,6 +44,9 @@ demo: $(INSTALLED) ## embed the sample speech and ask the database who sounds li
 
 test: $(INSTALLED) ## run the tests on a real PostgreSQL, which comes along
 	$(BIN)/python -m pytest $(ARGS)
+
+soak: $(INSTALLED) ## every fault at every point, and the queue against its model at length: about half an hour
+	EMBSTORE_SOAK=1 $(BIN)/python -m pytest -n auto --dist loadfile tests/crash tests/integration/test_queue_model.py
 
 lint: $(INSTALLED) ## style
 	$(BIN)/python -m ruff check .

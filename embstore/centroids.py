@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from sqlalchemy import Connection, text
 
+from embstore import faults
 from embstore.catalog import Dataset, StoredModel
 from embstore.claims import Claim, Claimant
 from embstore.db.engine import Database
@@ -297,6 +298,7 @@ class _Worker:
                 tally.done += 1
             else:
                 (tally.failed if status == "failed" else tally.skipped)[code] += 1
+        faults.reach("centroid_range")
         return tally
 
     def _report(self, queue: Queue, tally: Tally) -> None:

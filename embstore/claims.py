@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection
 
+from embstore import faults
 from embstore.db.engine import Database
 from embstore.queue import LEASE_SECONDS, Queue, end_lease, renew_lease, take_lease
 
@@ -50,6 +51,7 @@ class Claimant:
         """Claim up to `limit` pending rows; with none pending, and the worker idle, rows of workers that died."""
         keys = self._database.patiently(lambda c: self._pending(c, queue, limit, idle))
         if keys or not idle:
+            faults.reach("claimed")
             return Claim(keys)
         keys, quarantined = self._database.patiently(lambda c: queue.rescue(c, self.token))
         return Claim(keys, suspects=bool(keys), quarantined=quarantined)

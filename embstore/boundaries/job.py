@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy import Connection, text
 
-from embstore import vectors
+from embstore import faults, vectors
 from embstore.boundaries.result import Result, Window
 from embstore.catalog import Dataset, StoredModel
 from embstore.claims import Claimant
@@ -229,6 +229,7 @@ class _Worker:
             }
             if count:
                 copy_rows(connection, f"embstore.{table}", {**keys, **values})
+        faults.reach("boundary_write")
 
     def _report(self, queue: Queue, tally: Tally) -> None:
         self._channel.send(Committed(queue.scope["dataset_id"], tally))

@@ -15,8 +15,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from sqlalchemy import Connection
 
-from embstore import catalog, vectors
+from embstore import catalog, faults, vectors
 from embstore.catalog import ItemRow
 from embstore.claims import Claimant
 from embstore.db.engine import Database
@@ -111,15 +112,19 @@ class Ledger:
         outcomes, self._unwritten, self._oldest = self._unwritten, [], 0.0
         done = [o for o in outcomes if not isinstance(o.result, ItemError)]
         if done:
-            keys = [o.key for o in done]
-            matrix = np.stack([o.result for o in done if not isinstance(o.result, ItemError)])
-            self._database.patiently(lambda c: vectors.write(c, work, self.claimant.token, keys, matrix))
+            self._database.patiently(lambda c: self._write(c, work, done))
+            faults.reach("after_commit")
         refusals = [_refusal(o.key, o.result) for o in outcomes if isinstance(o.result, ItemError)]
         if refusals:
             self._database.patiently(lambda c: work.refuse(c, self.claimant.token, refusals))
         self._in_hand -= len(outcomes)
         self._report(work.scope["dataset_id"], _tally(outcomes))
         self._measure(len(outcomes))
+
+    def _write(self, connection: Connection, work: Queue, done: Sequence[Outcome]) -> None:
+        matrix = np.stack([o.result for o in done if not isinstance(o.result, ItemError)])
+        vectors.write(connection, work, self.claimant.token, [o.key for o in done], matrix)
+        faults.reach("before_commit")
 
     def _measure(self, count: int) -> None:
         """Items a second, smoothed: how much to claim ahead follows from it."""

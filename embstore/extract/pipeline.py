@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from embstore import faults
 from embstore.catalog import ItemRow
 from embstore.db.engine import PATIENCE, Database
 from embstore.errors import DatabaseError, ItemError, ItemFailed
@@ -116,6 +117,7 @@ class _Pipeline:
             batch = doubtful + fresh
             if not batch or self._over():
                 return
+            faults.reach("model")
             outcomes = list(embed_each(self._model, batch, self._job.recipe.dim, proof))
             proof = embeddable(batch, outcomes) or proof
             # As long as the model has embedded nothing at all, a failure is not yet an item's fault.
@@ -136,6 +138,7 @@ class _Pipeline:
             root, row = self._claimed.get()
             if not self._waiting.wait_for_room() or self._stopping.is_set():
                 continue
+            faults.reach("decode")
             try:
                 prepared = self._model.prepare(root / row.path, row.start, row.duration)
             except ItemError as error:

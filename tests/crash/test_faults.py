@@ -1,0 +1,112 @@
+"""A worker fails in every way at every point of its work: the run goes on, and nothing is lost, doubled or left.
+
+Every way at every point where EMBSTORE_SOAK is set (`make soak`); otherwise some of them, in every way and at every
+point at least once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from audit import ITEMS, LEASE_SECONDS, Vectors, audit
+from commands import Command, Start, Watcher, wait_until
+
+POINTS = ("claimed", "decode", "model", "before_commit", "after_commit")
+SOAK = "EMBSTORE_SOAK" in os.environ
+DEATHS = [(action, point) for action in ("kill", "segv", "term") for point in POINTS]
+DEATHS_IN_SHORT = [("kill", point) for point in POINTS] + [
+    ("segv", "model"),
+    ("term", "decode"),
+    ("term", "before_commit"),
+]
+STOPS = POINTS if SOAK else ("claimed", "model", "before_commit")
+HANGS = POINTS if SOAK else ("decode", "after_commit")
+
+Runs = list[Command]
+
+
+@pytest.fixture
+def begin(start: Start, tones: Path, tmp_path: Path) -> Start:
+    """Start the main job on `tones` with a fault armed: at the second time that any worker comes to its point."""
+
+    def begin(point: str, action: str, *, workers: int = 2, number: int = 2) -> Command:
+        counts = tmp_path / "faults"
+        counts.mkdir(exist_ok=True)
+        return start(
+            *("extract", str(tones), "--model", "probe", "--workers", str(workers)),
+            PROBE_SLEEP=0.005,
+            EMBSTORE_TEST_FAULTS=f"{point}:{action}:{number}",
+            EMBSTORE_TEST_FAULTS_FOLDER=counts,
+        )
+
+    return begin
+
+
+def reached(tmp_path: Path, point: str, number: int = 2) -> bool:
+    return (tmp_path / "faults" / f"{point}.{number}").exists()
+
+
+@pytest.mark.parametrize(("action", "point"), DEATHS if SOAK else DEATHS_IN_SHORT)
+def test_a_worker_that_dies_is_replaced(
+    action: str, point: str, begin: Start, watcher: Watcher, undisturbed: Vectors, runs: Runs, tmp_path: Path
+) -> None:
+    run = begin(point, action)
+    assert run.wait() == 0, run.err
+    assert reached(tmp_path, point)
+    assert audit(watcher, runs, expected=undisturbed, orphans=LEASE_SECONDS) == {"done": ITEMS}
+    assert max(watcher.rows("SELECT max(attempts) FROM embstore.extraction")[0]) <= 2
+
+
+@pytest.mark.parametrize("point", STOPS)
+def test_a_worker_that_stops_past_its_lease_and_wakes_up_writes_nothing_over(
+    point: str, begin: Start, watcher: Watcher, undisturbed: Vectors, runs: Runs, tmp_path: Path
+) -> None:
+    run = begin(point, "stop")
+    sleeper = stopped_worker(run)
+    lease = token(watcher, sleeper)
+    alive = "SELECT count(*) FROM embstore.lease WHERE token = %s AND expires_at > now()"
+    wait_until(lambda: watcher.rows(alive, lease) == [(0,)], "the lease to run out")
+    wait_until(lambda: watcher.count("done") == ITEMS, "the other one to do all of it")
+    os.kill(sleeper.pid, signal.SIGCONT)
+    assert run.wait() == 0, run.err
+    assert audit(watcher, runs, expected=undisturbed) == {"done": ITEMS}
+
+
+@pytest.mark.parametrize("point", HANGS)
+def test_the_command_is_told_to_stop_while_a_worker_hangs(
+    point: str, begin: Start, watcher: Watcher, undisturbed: Vectors, runs: Runs, tmp_path: Path
+) -> None:
+    """Once: the others finish what they have. Twice: it leaves at once, the one that hangs included."""
+    run = begin(point, "hang")
+    wait_until(lambda: reached(tmp_path, point), f"a worker at {point}")
+    run.process.terminate()
+    time.sleep(0.5)
+    run.process.terminate()
+    assert run.wait(20) == 130
+    assert audit(watcher, runs, expected=undisturbed, orphans=LEASE_SECONDS).get("running") is None
+    again = begin(point, "hang", number=10**6)
+    assert again.wait() == 0, again.err
+    assert audit(watcher, runs, expected=undisturbed) == {"done": ITEMS}
+
+
+def stopped_worker(run: Command) -> psutil.Process:
+    """The worker that has stopped, once there is one."""
+    found: list[psutil.Process] = []
+
+    def look() -> bool:
+        found[:] = [w for w in run.workers() if w.status() == psutil.STATUS_STOPPED]
+        return bool(found)
+
+    wait_until(look, "a worker that has stopped")
+    return found[0]
+
+
+def token(watcher: Watcher, worker: psutil.Process) -> int:
+    """The lease of a worker process."""
+    ((number,),) = watcher.rows("SELECT token FROM embstore.lease WHERE worker LIKE %s", f"%:{worker.pid}")
+    return int(number)
