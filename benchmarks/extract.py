@@ -114,10 +114,11 @@ def end_to_end(settings: Settings, folder: Path, name: str, plan: Plan) -> tuple
     task = Task(dataset.dataset_id, dataset.root)
     job = Job(settings, recipe, model_id, (task,), "cpu", plan.decoders)
     messages = run_worker(work_by_the_clock, job, plan)
-    (begin, (before, lease)), (end, (after, _)) = messages[0], messages[-1]
-    commits = [message for _, (_, message) in messages if isinstance(message, Committed)]
+    (begin, (before, lease)) = messages[0]
+    commits = [(moment, used, one) for moment, (used, one) in messages if isinstance(one, Committed)]
+    end, after, _ = commits[-1]
     assert isinstance(lease, Leased)
-    assert sum(commit.tally.processed for commit in commits) == registered.found
+    assert sum(commit.tally.processed for _, _, commit in commits) == registered.found
     with database.begin() as connection:
         assert not extraction_queue(dataset.dataset_id, model_id).is_open(connection)
     database.close()

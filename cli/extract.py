@@ -16,8 +16,9 @@ from embstore.catalog import Dataset
 from embstore.db.engine import Database
 from embstore.db.migrate import require_ready
 from embstore.errors import UsageError
-from embstore.extract import devices, run
+from embstore.extract import devices, run, tuning
 from embstore.extract.devices import Plan
+from embstore.extract.speed import speed
 from embstore.media.audio import EXTENSIONS
 from embstore.models.base import Recipe
 from embstore.models.named import Named
@@ -51,6 +52,12 @@ Work = tuple[Recipe, list[Dataset]]
 )
 @click.option("--gpus", metavar="LIST", help='GPUs to use, as "0,1,3", or "none".  [default: all]')
 @click.option(
+    "--tune",
+    metavar="NAME=VALUE",
+    multiple=True,
+    help=f"Size of a part of the pipeline: {', '.join(tuning.NAMES)}.",
+)
+@click.option(
     "--speaker-from",
     metavar="RULE",
     default="parent",
@@ -74,6 +81,7 @@ def extract(
     options: dict[str, str],
     workers: int | None,
     gpus: str | None,
+    tune: tuple[str, ...],
     speaker_from: str,
     root: Path | None,
     dry_run: bool,
@@ -93,7 +101,7 @@ def extract(
       embstore extract
     """
     settings = load(database_url=database_url, home=home, embedding_workers=workers, embedding_model=model)
-    plan = devices.plan(settings.embedding_workers, gpus)
+    plan = devices.plan(settings.embedding_workers, gpus, tuning.parse(tune))
     check_connections(settings, len(plan.devices))
     source = None
     if path is not None:
@@ -119,11 +127,21 @@ def extract(
                     [{"model": used.name, "datasets": [d.name for d in them]} for used, them in works], sys.stdout
                 )
             return
-        parameters = {"path": str(path) if path else None, "devices": list(plan.devices)}
+        parameters = {
+            "path": str(path) if path else None,
+            "devices": list(plan.devices),
+            "options": options,
+            "tune": list(tune),
+        }
         outcomes = _extract_all(database, settings, works, plan, parameters, say)
     if as_json:
-        write_json([{"model": used.name, **outcome.as_dict()} for (used, _), outcome in outcomes], sys.stdout)
+        write_json([_as_json(used, outcome, plan) for (used, _), outcome in outcomes], sys.stdout)
     context.exit(exit_code(outcome for _, outcome in outcomes))
+
+
+def _as_json(recipe: Recipe, outcome: Outcome, plan: Plan) -> dict[str, Any]:
+    found = speed(outcome, plan, recipe)
+    return {"model": recipe.name, **outcome.as_dict(), "speed": found and found.as_dict()}
 
 
 def _find(database: Database, name: str, options: dict[str, str]) -> Named:
@@ -173,7 +191,7 @@ def _extract_all(
             show=partial(say.start, recipe, plan),
             parameters=parameters,
         )
-        say.outcome(recipe, outcome)
+        say.outcome(recipe, outcome, plan)
         outcomes.append(((recipe, datasets), outcome))
         if outcome.interrupted:
             break
@@ -216,8 +234,11 @@ class _Speaker:
         self.line(f"embedding {pending:,} items by {recipe.name} on {_devices(plan)}")
         return display(pending, sys.stderr)
 
-    def outcome(self, recipe: Recipe, outcome: Outcome) -> None:
+    def outcome(self, recipe: Recipe, outcome: Outcome, plan: Plan) -> None:
         tell(self.line, outcome, model=recipe.name, command="extract", unit="utterances", done="embedded")
+        if found := speed(outcome, plan, recipe):
+            for line in found.lines():
+                self.line(line)
         if outcome.failed and not outcome.interrupted:
             self.line("'embstore failures' says what failed and why, 'embstore retry' makes it pending again")
 

@@ -6,6 +6,7 @@ Extraction, centroids and boundaries all run through here; what a worker does wi
 from __future__ import annotations
 
 import contextlib
+import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from embstore.errors import DatabaseError, UsageError
 from embstore.progress import Display, Tally
 from embstore.queue import Queue, end_lease
 from embstore.settings import Settings
+from embstore.waits import Waits
 from embstore.workers import Channel, Crew
 
 PARENT_CONNECTIONS = 1
@@ -57,6 +59,10 @@ class Outcome:
     seconds: float = 0.0
     interrupted: bool = False
     workers: list[Tally] = field(default_factory=list)
+    waits: list[Waits] = field(default_factory=list)
+    """What each worker waited for, where it says so."""
+    processor_seconds: float = 0.0
+    """Time that the workers computed on this machine's cores, loading included."""
     datasets: dict[str, Tally] = field(default_factory=dict)
     statuses: dict[str, dict[str, int]] = field(default_factory=dict)
     """Number of rows by status, for each dataset, when it was over."""
@@ -95,6 +101,12 @@ def check_connections(settings: Settings, workers: int, each: int = 1) -> None:
         )
 
 
+def _processor_seconds() -> float:
+    """What child processes that have ended took of the cores."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 class Run:
     """One command at work on the shares of one model."""
 
@@ -124,12 +136,13 @@ class Run:
 
         `show(pending)` makes the display. Fewer workers than jobs are started where there is less to do.
         """
-        start = time.monotonic()
+        start, before = time.monotonic(), _processor_seconds()
         self._remaining = self._count_remaining()
         if self._remaining:
             runs = self._start_runs()
             crew_jobs = jobs(runs)[: self._remaining]
             self._outcome.workers = [Tally() for _ in crew_jobs]
+            self._outcome.waits = [Waits() for _ in crew_jobs]
             status = "failed"
             try:
                 with show(self._remaining) as self._display:
@@ -138,6 +151,7 @@ class Run:
                 status = "interrupted"
             finally:
                 self._outcome.seconds = time.monotonic() - start
+                self._outcome.processor_seconds = _processor_seconds() - before
                 self._outcome.interrupted = status == "interrupted"
                 self._end_runs(runs, status)
         with self._database.begin() as connection:
@@ -161,6 +175,9 @@ class Run:
     def _on_message(self, index: int, message: object) -> bool:
         if isinstance(message, Leased):
             self._tokens[index] = message.token
+            return False
+        if isinstance(message, Waits):
+            self._outcome.waits[index].add(message)
             return False
         assert isinstance(message, Committed)
         self._outcome.workers[index].add(message.tally)

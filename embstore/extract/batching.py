@@ -6,6 +6,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -108,8 +109,25 @@ class Waiting:
         self._max_bytes = max_bytes
         self._bytes = 0
         self._items: list[Ready] = []
+        self._expected = 0
         self._changed = threading.Condition()
         self._closed = False
+
+    @property
+    def expected(self) -> int:
+        """How many items are on their way: announced, and neither put nor missed yet."""
+        return self._expected
+
+    def expect(self, count: int) -> None:
+        """Announce items that are about to be decoded."""
+        with self._changed:
+            self._expected += count
+
+    def miss(self) -> None:
+        """Take back the announcement of an item that cannot be embedded."""
+        with self._changed:
+            self._expected -= 1
+            self._changed.notify_all()
 
     def wait_for_room(self) -> bool:
         """Block a decoding thread while too much is waiting; False when there is no use in decoding any more."""
@@ -121,19 +139,28 @@ class Waiting:
         """Add a prepared item."""
         with self._changed:
             self._items.append(item)
+            self._expected -= 1
             self._bytes += item.prepared.array.nbytes
             self._changed.notify_all()
 
-    def take(self, max_cost: int, over: Callable[[], bool], patience: float = math.inf) -> list[Ready]:
+    def take(
+        self,
+        max_cost: int,
+        over: Callable[[], bool],
+        patience: float = math.inf,
+        waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> list[Ready]:
         """The next batch: what is waiting, up to `max_cost`, at least one item.
 
         Empty as soon as it is `over`, and when nothing has come for `patience` seconds.
         It does not wait for a batch to fill up: a device that is idle is worse than a batch that is small.
+        Every wait, of a twentieth of a second at most, is within a `waiting()`.
         """
         with self._changed:
             until = time.monotonic() + patience
             while not over() and not self._items and time.monotonic() < until:
-                self._changed.wait(0.05)
+                with waiting():
+                    self._changed.wait(0.05)
             if over():
                 return []
             count, cost = 0, 0

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from embstore.errors import UsageError
+from embstore.extract.tuning import UNTUNED, Tuning
 
 MAX_DECODERS = 16
 """Decoding threads a worker: more of them wait for Python's lock, not for files."""
@@ -23,6 +24,8 @@ class Plan:
     """Decoding threads a worker."""
     threads: int
     """Threads a worker that computes on the CPU."""
+    tuning: Tuning = UNTUNED
+    """What a person has chosen otherwise."""
 
     @property
     def environ(self) -> dict[str, str]:
@@ -39,7 +42,7 @@ class Plan:
         }
 
 
-def plan(workers: int | None, gpus: str | None) -> Plan:
+def plan(workers: int | None, gpus: str | None, tuning: Tuning = UNTUNED) -> Plan:
     """Share devices and cores out. By default one worker a GPU, or one on the CPU.
 
     `gpus`: "0,1,3", numbered as CUDA_VISIBLE_DEVICES leaves them; "" or "none": use the CPU. Raises UsageError.
@@ -48,7 +51,8 @@ def plan(workers: int | None, gpus: str | None) -> Plan:
     number = workers if workers is not None else max(len(chosen), 1)
     devices = tuple(f"cuda:{chosen[i % len(chosen)]}" if chosen else "cpu" for i in range(number))
     share = max(1, count_cores() // number)
-    return Plan(devices, decoders=min(share, MAX_DECODERS), threads=share)
+    decoders, threads = tuning.decoders or min(share, MAX_DECODERS), tuning.threads or share
+    return Plan(devices, decoders, threads, tuning)
 
 
 def count_cores() -> int:

@@ -23,15 +23,12 @@ from embstore.claims import Claimant
 from embstore.db.engine import Database
 from embstore.errors import ItemError
 from embstore.extract.batching import Outcome
+from embstore.extract.tuning import UNTUNED, Tuning
 from embstore.progress import Tally
 from embstore.queue import LEASE_SECONDS, Queue, Refusal
 
-BATCH = 256
-"""Vectors a transaction: 64 make it half as fast, 1024 no faster."""
 FLUSH_SECONDS = 0.5
 """How long a finished item may wait for others before it is written."""
-AHEAD_SECONDS = 2.0
-"""Work that is claimed ahead: enough to hide a slow claim, little enough that workers finish together."""
 MIN_AHEAD, MAX_AHEAD = 16, 4096
 _POLL = 0.02
 _IDLE = 0.3
@@ -47,12 +44,16 @@ class Ledger:
         report: Callable[[int, Tally], None],
         stopping: threading.Event,
         lease_seconds: float = LEASE_SECONDS,
+        tuning: Tuning = UNTUNED,
     ) -> None:
         """`submit` takes claimed items to the decoders; `report(dataset_id, tally)` is told what was committed."""
         self._database = database
         self._submit = submit
         self._report = report
         self._stopping = stopping
+        self._tuning = tuning
+        self.idling = False
+        """Whether there is nothing left to claim, and others have not finished yet."""
         self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
         self._unwritten: list[Outcome] = []
         self._oldest = 0.0
@@ -91,6 +92,7 @@ class Ledger:
 
     def idle(self) -> None:
         """Keep the lease while there is nothing to do but to wait for others."""
+        self.idling = True
         self.claimant.renew()
         self._stopping.wait(_IDLE)
 
@@ -98,7 +100,7 @@ class Ledger:
         """Take finished items over; waits a moment for the first."""
         try:
             self._unwritten.append(self._outcomes.get(timeout=_POLL))
-            while len(self._unwritten) < BATCH:
+            while len(self._unwritten) < self._tuning.commit:
                 self._unwritten.append(self._outcomes.get_nowait())
         except queue.Empty:
             pass
@@ -107,7 +109,7 @@ class Ledger:
 
     def _flush(self, work: Queue, *, now: bool) -> None:
         waited = time.monotonic() - self._oldest
-        if not self._unwritten or not (now or len(self._unwritten) >= BATCH or waited > FLUSH_SECONDS):
+        if not self._unwritten or not (now or len(self._unwritten) >= self._tuning.commit or waited > FLUSH_SECONDS):
             return
         outcomes, self._unwritten, self._oldest = self._unwritten, [], 0.0
         done = [o for o in outcomes if not isinstance(o.result, ItemError)]
@@ -135,7 +137,7 @@ class Ledger:
 
     def _claim(self, work: Queue) -> bool:
         """Claim more if it is time to; False if there was nothing to claim."""
-        ahead = int(min(max(self._rate * AHEAD_SECONDS, MIN_AHEAD), MAX_AHEAD))
+        ahead = int(min(max(self._rate * self._tuning.ahead, MIN_AHEAD), MAX_AHEAD))
         if (self._suspects and self._in_hand) or self._in_hand > ahead // 2 or time.monotonic() < self._not_before:
             return True
         claim = self.claimant.claim(work, ahead - self._in_hand, idle=not self._in_hand)
@@ -143,6 +145,7 @@ class Ledger:
         if claim.quarantined:
             self._report(work.scope["dataset_id"], Tally(failed=Counter(worker_died=claim.quarantined)))
         if claim.keys:
+            self.idling = False
             dataset_id = work.scope["dataset_id"]
             self._submit(self._database.patiently(lambda c: catalog.items(c, dataset_id, claim.keys)))
             self._in_hand += len(claim.keys)

@@ -22,14 +22,15 @@ from embstore.db.engine import PATIENCE, Database
 from embstore.errors import DatabaseError, ItemError, ItemFailed
 from embstore.extract.batching import Outcome, Ready, Waiting, embed_each, embeddable
 from embstore.extract.ledger import Ledger
+from embstore.extract.tuning import UNTUNED, Tuning
 from embstore.models.base import Model, Prepared, Recipe
+from embstore.progress import Tally
 from embstore.queue import LEASE_SECONDS, Queue
 from embstore.settings import Settings
 from embstore.supervise import Committed, Leased
+from embstore.waits import Cause, Stopwatch
 from embstore.workers import Channel
 
-WAITING_BYTES = 512 << 20
-"""Decoded items that may wait for the device, in bytes, in one worker."""
 _DOUBT_SECONDS = 1.0
 """How long a model that has failed from the start is given other items to prove itself on."""
 
@@ -52,6 +53,7 @@ class Job:
     tasks: tuple[Task, ...]
     device: str
     decoders: int
+    tuning: Tuning = UNTUNED
     lease_seconds: float = LEASE_SECONDS
     patience: float = PATIENCE
 
@@ -77,7 +79,10 @@ class _Pipeline:
         self._job = job
         self._model = model
         self._database = database
-        self._waiting = Waiting(WAITING_BYTES)
+        self._waiting = Waiting(job.tuning.buffer << 20)
+        model.max_cost = job.tuning.batch or model.max_cost
+        self._stopwatch = Stopwatch(self._blame)
+        self._channel = channel
         self._claimed: queue.SimpleQueue[tuple[Path, ItemRow]] = queue.SimpleQueue()
         self._root = Path()
         self._device_done = threading.Event()
@@ -86,9 +91,10 @@ class _Pipeline:
         self._ledger = Ledger(
             database,
             self._submit,
-            lambda dataset_id, tally: channel.send(Committed(dataset_id, tally)),
+            self._report,
             self._stopping,
             job.lease_seconds,
+            job.tuning,
         )
         channel.send(Leased(self._ledger.claimant.token))
 
@@ -106,6 +112,8 @@ class _Pipeline:
             self._device_done.set()
             self._waiting.close()
             books.join()
+            self._stopwatch.charge("database")
+            self._channel.send(self._stopwatch.lap())
         if self._error is not None:
             raise self._error
 
@@ -113,12 +121,14 @@ class _Pipeline:
         proof: Prepared | None = None
         doubtful: list[Ready] = []
         while not self._over():
-            fresh = self._waiting.take(self._model.max_cost, self._over, _DOUBT_SECONDS if doubtful else math.inf)
+            patience = _DOUBT_SECONDS if doubtful else math.inf
+            fresh = self._waiting.take(self._model.max_cost, self._over, patience, self._stopwatch.waiting)
             batch = doubtful + fresh
             if not batch or self._over():
                 return
             faults.reach("model")
             outcomes = list(embed_each(self._model, batch, self._job.recipe.dim, proof))
+            self._stopwatch.charge("device")
             proof = embeddable(batch, outcomes) or proof
             # As long as the model has embedded nothing at all, a failure is not yet an item's fault.
             doubtful = batch if proof is None and fresh else []
@@ -129,7 +139,18 @@ class _Pipeline:
     def _over(self) -> bool:
         return self._stopping.is_set() or self._books_closed.is_set()
 
+    def _blame(self) -> Cause:
+        """What the device waits for, if it begins to wait now."""
+        if self._waiting.expected:
+            return "decoding"
+        return "idle" if self._ledger.idling else "database"
+
+    def _report(self, dataset_id: int, tally: Tally) -> None:
+        self._channel.send(Committed(dataset_id, tally))
+        self._channel.send(self._stopwatch.lap())
+
     def _submit(self, rows: Sequence[ItemRow]) -> None:
+        self._waiting.expect(len(rows))
         for row in rows:
             self._claimed.put((self._root, row))
 
@@ -142,11 +163,13 @@ class _Pipeline:
             try:
                 prepared = self._model.prepare(root / row.path, row.start, row.duration)
             except ItemError as error:
+                self._waiting.miss()
                 self._ledger.put(Outcome(row.item_id, 0.0, error))
             # A decoder's surprise concerns this file alone. Not only an Exception: a panic in a library written in
             # Rust is none, and would end this thread; nobody would hear of the file again.
             except BaseException as error:  # noqa: BLE001
                 words = f"{type(error).__name__}: {error}".splitlines()[0]
+                self._waiting.miss()
                 self._ledger.put(Outcome(row.item_id, 0.0, ItemFailed("decode_error", words)))
             else:
                 self._waiting.put(Ready(row.item_id, prepared))

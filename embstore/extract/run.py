@@ -55,7 +55,9 @@ def extract(
             enqueue(connection, dataset.dataset_id, model_id)
     tasks = tuple(Task(dataset.dataset_id, dataset.root) for dataset in datasets)
     limits = _limits()
-    jobs = [Job(settings, recipe, model_id, tasks, device, plan.decoders, *limits) for device in plan.devices]
+    jobs = [
+        Job(settings, recipe, model_id, tasks, device, plan.decoders, plan.tuning, *limits) for device in plan.devices
+    ]
     shares = [Share(dataset, extraction_queue(dataset.dataset_id, model_id)) for dataset in datasets]
     run = Run(database, "extract", model_id, shares, parameters)
     return run.go(work, lambda _runs: jobs, show=show, environ=plan.environ)

@@ -33,7 +33,10 @@ class Model(Protocol):
     """A model that is loaded on one device of one worker process."""
 
     max_cost: int
-    """The largest sum of `Prepared.cost` that one call of `embed` should get. A single item may exceed it."""
+    """The largest sum of `Prepared.cost` that one call of `embed` should get. A single item may exceed it.
+
+    Read before every call: a model that runs out of memory may lower it. A person may set it.
+    """
 
     def prepare(self, path: Path, start: float | None, duration: float | None) -> Prepared:
         """Decode one item; runs in several threads at once.

@@ -171,6 +171,25 @@ def test_json_adds_up(start: Start, sound: Path) -> None:
     assert summary["audio_seconds"] == pytest.approx(20 * 0.2)
 
 
+@pytest.mark.parametrize(
+    ("slow", "bottleneck", "flag"),
+    [({"PROBE_SLEEP": 0.1}, "device", "other cores"), ({"PROBE_DECODE": 0.1}, "decoding", "--tune decoders=2")],
+)
+def test_the_summary_says_what_held_it_up(
+    start: Start, sound: Path, slow: dict[str, float], bottleneck: str, flag: str
+) -> None:
+    words = ("extract", "sound", "--model", "probe", "--tune", "decoders=1", "--tune", "threads=1", "--json")
+    run = start(*words, **slow)
+    assert run.wait() == 0, run.err
+    speed = json.loads(run.out)[0]["speed"]
+    assert speed["bottleneck"] == bottleneck
+    assert sum(speed["workers"][0]["waited"].values()) == pytest.approx(1, abs=0.001)
+    assert speed["advice"] in run.err
+    assert "  worker 0 on cpu waited" in run.err
+    # A machine with one core has no other to offer.
+    assert flag in speed["advice"] or "another machine" in speed["advice"]
+
+
 def test_without_a_path_it_goes_on_with_what_is_pending(start: Start, sound: Path, watcher: Watcher) -> None:
     nothing = start("extract")
     assert nothing.wait() == 0
@@ -228,6 +247,7 @@ def test_other_weights_under_the_same_name_are_refused(start: Start, sound: Path
         (["sound", "--speaker-from", "regex:("], "--speaker-from 'regex:(' is not a regular expression"),
         (["sound", "--root", "empty"], "--root is for a manifest"),
         (["sound", "--wrkers", "2"], "No such option"),
+        (["sound", "--tune", "decoder=2"], "there is no 'decoder': did you mean decoders?"),
     ],
 )
 def test_a_wrong_word_is_named_in_one_line_and_nothing_is_registered(

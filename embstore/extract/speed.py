@@ -1,0 +1,134 @@
+"""What a run's workers waited for, which of it held them up most, and which flag would help."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from embstore.extract.devices import Plan, count_cores
+from embstore.models.base import Recipe
+from embstore.models.named import Named
+from embstore.supervise import Outcome
+from embstore.waits import CAUSES, Cause, Waits
+
+_SHORTEST = 1.0
+"""Seconds of work, all workers together, of which something can be said."""
+_BUSY = 0.8
+"""Share of the cores' time from which on another thread would get none."""
+_MOST_DECODERS = 64
+
+
+@runtime_checkable
+class Adviser(Protocol):
+    """A recipe that knows what would make it faster."""
+
+    def faster(self, device: str) -> str | None:
+        """What to type for more speed on `cpu` or `cuda:N`, None if nothing is known."""
+
+
+@dataclass(frozen=True)
+class WorkerSpeed:
+    """One worker."""
+
+    device: str
+    waits: Waits
+    audio_hours_per_hour: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: shares from 0 to 1."""
+        return {
+            "device": self.device,
+            "waited": {cause: round(self.waits.share(cause), 4) for cause in CAUSES},
+            "audio_hours_per_hour": round(self.audio_hours_per_hour, 2),
+        }
+
+
+@dataclass(frozen=True)
+class Speed:
+    """A run's workers, and what to do for more speed."""
+
+    workers: tuple[WorkerSpeed, ...]
+    audio_hours_per_device_hour: float
+    bottleneck: Cause
+    advice: str
+
+    def lines(self) -> list[str]:
+        """For a person."""
+        lines = [
+            f"  worker {number} on {worker.device} waited {_percent(worker.waits, 'decoding')} for decoding,"
+            f" {_percent(worker.waits, 'device')} for the device, {_percent(worker.waits, 'database')} for the"
+            f" database; {worker.audio_hours_per_hour:,.1f} hours of audio an hour"
+            for number, worker in enumerate(self.workers)
+        ]
+        what = "decoding" if self.bottleneck == "decoding" else f"the {self.bottleneck}"
+        return [
+            *lines,
+            f"  {self.audio_hours_per_device_hour:,.1f} hours of audio a device-hour; the bottleneck is {what}:"
+            f" {self.advice}",
+        ]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "workers": [worker.as_dict() for worker in self.workers],
+            "audio_hours_per_device_hour": round(self.audio_hours_per_device_hour, 2),
+            "bottleneck": self.bottleneck,
+            "advice": self.advice,
+        }
+
+
+def speed(outcome: Outcome, plan: Plan, recipe: Recipe) -> Speed | None:
+    """What to say of a run; None if it was too short."""
+    total = Waits()
+    for waits in outcome.waits:
+        total.add(waits)
+    if total.seconds < _SHORTEST:
+        return None
+    workers, devices = [], defaultdict[str, float](float)
+    for device, waits, tally in zip(plan.devices, outcome.waits, outcome.workers, strict=False):
+        alive = waits.seconds + waits.idle
+        rate = tally.audio_seconds / alive if alive else 0.0
+        workers.append(WorkerSpeed(device, waits, rate))
+        devices[device] += rate
+    cores_busy = outcome.processor_seconds / (outcome.seconds * count_cores()) if outcome.seconds else 0.0
+    return Speed(
+        tuple(workers),
+        sum(devices.values()) / len(devices),
+        total.bottleneck,
+        advice(total.bottleneck, plan, recipe, cores_busy),
+    )
+
+
+def advice(bottleneck: Cause, plan: Plan, recipe: Recipe, cores_busy: float) -> str:
+    """What to type next. `cores_busy` is the share of this machine's cores that the workers kept busy, 0 to 1."""
+    if bottleneck == "decoding":
+        return _decode_faster(plan, cores_busy)
+    if bottleneck == "database":
+        return (
+            f"claim more at a time (--tune ahead={5 * plan.tuning.ahead}), write more at a time (--tune"
+            f" commit={4 * plan.tuning.commit}), and make vector indexes after the run"
+        )
+    return _compute_faster(plan, recipe, plan.devices, cores_busy)
+
+
+def _decode_faster(plan: Plan, cores_busy: float) -> str:
+    if cores_busy < _BUSY and plan.decoders < _MOST_DECODERS:
+        return f"read more files at a time (--tune decoders={2 * plan.decoders}; it was {plan.decoders})"
+    return "the cores are busy: run the same command on another machine too; both share the work"
+
+
+def _compute_faster(plan: Plan, recipe: Recipe, devices: Sequence[str], cores_busy: float) -> str:
+    inner = recipe.recipe if isinstance(recipe, Named) else recipe
+    if isinstance(inner, Adviser) and (hint := inner.faster(devices[0])):
+        return hint
+    if devices[0] == "cpu" and cores_busy < _BUSY and len(devices) * plan.threads < count_cores():
+        return f"use the other cores (--workers {count_cores() // plan.threads})"
+    if devices[0] != "cpu" and len(set(devices)) == len(devices):
+        return f"more GPUs (--gpus), two workers on each (--workers {2 * len(devices)}), or another machine too"
+    return "run the same command on another machine too; both share the work"
+
+
+def _percent(waits: Waits, cause: Cause) -> str:
+    return f"{100 * waits.share(cause):.0f}%"
