@@ -6,16 +6,12 @@ Where none are there yet, it goes straight into their table: the server builds i
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import islice
 
-import psycopg2
 from sqlalchemy import Connection, text
 
-from embstore.db.copy import PIECE
+from embstore.db.copy import copy_values
 from embstore.db.engine import set_local
 from embstore.sources import Entry
 
@@ -31,9 +27,7 @@ CREATE TEMPORARY TABLE scan (
     size bigint, mtime_ns bigint
 ) ON COMMIT DROP
 """
-_COPY = """
-COPY {table} (dataset_id, position, path, speaker, start, duration, size, mtime_ns) FROM STDIN (FORMAT csv)
-"""
+_COLUMNS = "{table} (dataset_id, position, path, speaker, start, duration, size, mtime_ns)"
 
 # An item that has no file now (size is null) keeps what was known of it. The vanished come behind the others, so that
 # positions stay without gaps. `coalesce` because a hash join needs plain equality, and a start is never negative.
@@ -177,47 +171,9 @@ def _plan_for_many(connection: Connection) -> None:
 
 
 def _copy(connection: Connection, table: str, dataset_id: int, entries: Iterable[Entry]) -> int:
-    """Append the entries to `table`, in their order; returns their number."""
-    lines = _Lines(dataset_id, entries)
-    driver = connection.connection.driver_connection
-    assert driver is not None
-    try:
-        with driver.cursor() as cursor:
-            cursor.copy_expert(_COPY.format(table=table), lines, size=PIECE)
-    except psycopg2.Error:
-        # psycopg2 makes an error of the server out of whatever happens in `read`, a Ctrl+C included.
-        if lines.error is not None:
-            raise lines.error from None
-        raise
-    return lines.count
-
-
-class _Lines:
-    """A file, to psycopg2, of the entries as CSV; made piece by piece, so that a scan of any length streams.
-
-    CSV because its writer is in C: to put together the lines of COPY's own form here took longer than to read them in a
-    manifest and to look at the files. A speaker without a letter is none: the writer makes the same of both.
-    """
-
-    def __init__(self, dataset_id: int, entries: Iterable[Entry]) -> None:
-        self._dataset_id = dataset_id
-        self._entries = iter(entries)
-        self.count = 0
-        self.error: BaseException | None = None
-
-    def read(self, _size: int = -1) -> str:
-        """The next few thousand lines; psycopg2 takes pieces of any length. Empty at the end."""
-        try:
-            piece = io.StringIO(newline="")
-            # A name with a line end of either kind in it is quoted only if both are in the writer's own.
-            csv.writer(piece, lineterminator="\r\n").writerows(self._rows(2000))
-            return piece.getvalue()
-        except BaseException as error:
-            self.error = error
-            raise
-
-    def _rows(self, limit: int) -> Iterator[tuple[str | float | None, ...]]:
-        dataset_id, first = self._dataset_id, self.count
-        for position, e in enumerate(islice(self._entries, limit), first):
-            yield dataset_id, position, e.path, e.speaker, e.start, e.duration, e.size, e.mtime_ns
-            self.count = position + 1
+    """Append the entries to `table`, in their order; returns their number. A speaker without a letter is none."""
+    rows = (
+        (dataset_id, position, e.path, e.speaker, e.start, e.duration, e.size, e.mtime_ns)
+        for position, e in enumerate(entries)
+    )
+    return copy_values(connection, _COLUMNS.format(table=table), rows)

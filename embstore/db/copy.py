@@ -1,4 +1,4 @@
-"""COPY BINARY to and from numpy arrays, without a Python object a value.
+"""COPY BINARY to and from numpy arrays, without a Python object a value; and CSV and text, for names.
 
 The format (PostgreSQL manual, "COPY", "Binary Format"): a signature, then a row as int16 field count and for each
 field an int32 length and the bytes, big-endian throughout, and -1 as the trailer. A vector is int16 dim, int16 0 and
@@ -7,11 +7,15 @@ dim float32. Where no field is null, all rows are of one length: a numpy record.
 
 from __future__ import annotations
 
+import csv
 import io
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
+import psycopg2
 from numpy.typing import NDArray
 from sqlalchemy import Connection
 
@@ -41,6 +45,70 @@ def read_rows(connection: Connection, query: str, columns: Mapping[str, Column])
     with _cursor(connection) as cursor:
         cursor.copy_expert(f"COPY ({query}) TO STDOUT (FORMAT BINARY)", sink)
     return decode(sink.getbuffer(), columns)
+
+
+def copy_values(connection: Connection, table: str, rows: Iterable[Sequence[str | float | None]]) -> int:
+    """Append rows of any values, made as they are sent; returns their number. `table` may name columns, in brackets.
+
+    An empty text becomes null. Runs within the caller's transaction.
+    """
+    lines = _Lines(rows)
+    try:
+        with _cursor(connection) as cursor:
+            cursor.copy_expert(f"COPY {table} FROM STDIN (FORMAT csv)", lines, size=PIECE)
+    except psycopg2.Error:
+        # psycopg2 makes an error of the server out of whatever happens in `read`, a Ctrl+C included.
+        if lines.error is not None:
+            raise lines.error from None
+        raise
+    return lines.count
+
+
+class _Lines:
+    """A file, to psycopg2, of rows as CSV; made piece by piece, so that any number of them streams.
+
+    CSV because its writer is in C: to put together the lines of COPY's own form here took longer than to read them in a
+    manifest and to look at the files. The writer makes the same of null and of an empty text.
+    """
+
+    def __init__(self, rows: Iterable[Sequence[str | float | None]]) -> None:
+        self._rows = iter(rows)
+        self.count = 0
+        self.error: BaseException | None = None
+
+    def read(self, _size: int = -1) -> str:
+        """The next few thousand lines; psycopg2 takes pieces of any length. Empty at the end."""
+        try:
+            piece = io.StringIO(newline="")
+            rows = list(islice(self._rows, 2000))
+            # A name with a line end of either kind in it is quoted only if both are in the writer's own.
+            csv.writer(piece, lineterminator="\r\n").writerows(rows)
+            self.count += len(rows)
+            return piece.getvalue()
+        except BaseException as error:
+            self.error = error
+            raise
+
+
+_NULL = r"\N"
+_SIGNS = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v"}
+
+
+def read_text(connection: Connection, query: str) -> list[list[str | None]]:
+    """The columns of a query without parameters, as text; none at all if it has no rows."""
+    sink = io.BytesIO()
+    with _cursor(connection) as cursor:
+        cursor.copy_expert(f"COPY ({query}) TO STDOUT", sink)
+    text = sink.getvalue().decode()
+    columns = zip(*(line.split("\t") for line in text.split("\n")[:-1]), strict=True)
+    # Nearly always backslashes are nulls and nothing else.
+    if text.count("\\") == text.count(_NULL):
+        return [[None if value == _NULL else value for value in column] for column in columns]
+    return [[None if value == _NULL else _unescaped(value) for value in column] for column in columns]
+
+
+def _unescaped(value: str) -> str:
+    return re.sub(r"\\(.)", lambda found: _SIGNS.get(found[1], found[1]), value) if "\\" in value else value
 
 
 def encode(columns: Mapping[str, NDArray[Any]]) -> io.BytesIO:
