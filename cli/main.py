@@ -57,6 +57,7 @@ COMMANDS = {
     "datasets": Entry("query", "datasets", "List the datasets."),
     "models": Entry("models", "models", "List the models, stored and available; keep a recipe under a name."),
     "sql": Entry("sql", "sql", "Run a query and print its rows."),
+    "doctor": Entry("doctor", "doctor", "Check the database, and say what to do about what is wrong."),
     "db": Entry("database", "db", "Start, check, migrate, save and restore the database."),
 }
 
