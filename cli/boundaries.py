@@ -21,12 +21,12 @@ from embstore.db.engine import Database
 from embstore.db.migrate import require_ready
 from embstore.errors import UsageError
 from embstore.extract.devices import count_cores
-from embstore.progress import Display, display
+from embstore.progress import Display
 from embstore.settings import Settings, load
 from embstore.supervise import PARENT_CONNECTIONS, Outcome, check_connections
 
 from .options import database_options, opened, pass_settings, reading
-from .outcome import exit_code, tell
+from .outcome import exit_code, log_option, tell, watch
 from .output import write_json, write_rows
 
 
@@ -76,6 +76,7 @@ from .output import write_json, write_rows
 )
 @click.option("--debug", "explain", is_flag=True, help="Explain each decision.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+@log_option
 @database_options
 @click.pass_context
 def boundaries(
@@ -136,7 +137,7 @@ def boundaries(
 
             def show(pending: int, name: str = found.name, number: int = number) -> Display:
                 line(f"detecting boundaries by {name} and method {method}: {pending} runs, {number} workers")
-                return display(pending, sys.stderr)
+                return watch(pending)
 
             outcome, runs = job.detect(database, settings, datasets, found, options, number, show=show)
             tell(line, outcome, model=found.name, command="boundaries", unit="runs", done="finished")

@@ -13,12 +13,12 @@ from embstore import catalog, centroids
 from embstore.centroids import CONNECTIONS_A_WORKER, Average, Options
 from embstore.db.migrate import require_ready
 from embstore.extract.devices import count_cores
-from embstore.progress import Display, display
+from embstore.progress import Display
 from embstore.settings import load
 from embstore.supervise import PARENT_CONNECTIONS, Outcome, check_connections
 
 from .options import database_options, opened
-from .outcome import exit_code, tell
+from .outcome import exit_code, log_option, tell, watch
 from .output import plural, write_json
 
 MAX_WORKERS = 4
@@ -52,6 +52,7 @@ MAX_WORKERS = 4
     "--skip-existing/--recompute", default=True, help="Only what is new or stale, or everything.  [default: skip]"
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+@log_option
 @database_options
 @click.pass_context
 def command(
@@ -104,7 +105,7 @@ def command(
 
             def show(pending: int, workers: int, name: str = found.name) -> Display:
                 line(f"averaging {plural(pending, 'speaker')} by {name} with {plural(workers, 'worker')}")
-                return display(pending, sys.stderr)
+                return watch(pending)
 
             parameters = {"average": average, "min_utterances": min_utterances, "recompute": options.recompute}
             outcome = centroids.compute(

@@ -22,7 +22,7 @@ from embstore.extract.speed import speed
 from embstore.media.audio import EXTENSIONS
 from embstore.models.base import Recipe
 from embstore.models.named import Named
-from embstore.progress import Display, display
+from embstore.progress import Display
 from embstore.register import Registered
 from embstore.settings import Settings, load
 from embstore.sources import SPEAKER_FROM_CHOICES, Source, open_source
@@ -30,7 +30,7 @@ from embstore.supervise import Outcome, check_connections
 
 from .model_options import model_options
 from .options import database_options, opened
-from .outcome import exit_code, tell
+from .outcome import exit_code, log_option, tell, watch
 from .output import write_json
 
 DEFAULT_MODEL = "resemblyzer"
@@ -71,6 +71,7 @@ Work = tuple[Recipe, list[Dataset]]
 )
 @click.option("--dry-run", is_flag=True, help="Show what would be done, and do nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+@log_option
 @database_options
 @click.pass_context
 def extract(
@@ -232,7 +233,7 @@ class _Speaker:
 
     def start(self, recipe: Recipe, plan: Plan, pending: int) -> Display:
         self.line(f"embedding {pending:,} items by {recipe.name} on {_devices(plan)}")
-        return display(pending, sys.stderr)
+        return watch(pending)
 
     def outcome(self, recipe: Recipe, outcome: Outcome, plan: Plan) -> None:
         tell(self.line, outcome, model=recipe.name, command="extract", unit="utterances", done="embedded")

@@ -67,6 +67,7 @@ class Invocation:
     """What holds for one run of the program."""
 
     debug: bool = False
+    log_json: bool = False
 
 
 def _note_debug(context: click.Context, _parameter: click.Parameter, value: bool) -> None:

@@ -1,15 +1,36 @@
-"""What commands with workers say when they end, and the exit code that follows."""
+"""What commands with workers show while they run, what they say when they end, and the exit code that follows."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 
-from embstore.progress import summary
+import click
+
+from embstore.progress import Display, display, summary
 from embstore.supervise import Outcome
 
 from .main import INTERRUPTED
 
 SOME_FAILED = 1
+
+
+def _note_log(context: click.Context, _parameter: click.Parameter, value: bool) -> None:
+    context.find_root().obj.log_json = value
+
+
+log_option = click.option(
+    "--log-json",
+    is_flag=True,
+    expose_value=False,
+    callback=_note_log,
+    help="Log events to stderr as JSON lines, with run and worker ids.",
+)
+
+
+def watch(pending: int) -> Display:
+    """The display of a run: as `--log-json` says, or as fits where stderr goes."""
+    return display(pending, sys.stderr, log=click.get_current_context().find_root().obj.log_json)
 
 
 def tell(line: Callable[[str], None], outcome: Outcome, *, model: str, command: str, unit: str, done: str) -> None:

@@ -192,7 +192,7 @@ def _leases(connection: Connection) -> list[Finding]:
                 Finding(
                     "leases",
                     "warning",
-                    f"'{row.dataset}' by {row.model}: {row.rows:,} rows of {table} are running at workers that are gone",
+                    f"'{row.dataset}' by {row.model}: {row.rows:,} rows of {table} are left by workers that are gone",
                     f"type 'embstore {command}': it takes them over",
                 )
             )

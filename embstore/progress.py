@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 if TYPE_CHECKING:
@@ -60,9 +62,14 @@ class Display(Protocol):
     def update(self, remaining: int, tallies: Iterable[Tally]) -> None:
         """Show how many items are left in the database, and what each worker has done."""
 
+    def note(self, event: str, **facts: Any) -> None:
+        """Record something that happened, for a machine that reads along; what people see shows it in its own way."""
 
-def display(total: int, stream: TextIO, *, live: bool | None = None) -> Display:
-    """The display that fits the stream."""
+
+def display(total: int, stream: TextIO, *, live: bool | None = None, log: bool = False) -> Display:
+    """The display that fits the stream, or, with `log`, a log of JSON lines."""
+    if log:
+        return JsonDisplay(total, stream)
     if stream.isatty() if live is None else live:
         return LiveDisplay(total, stream)
     return PlainDisplay(total, stream)
@@ -125,11 +132,34 @@ class PlainDisplay:
         if now - self._last < PLAIN_SECONDS:
             return
         self._last = now
+        self._show(at)
+
+    def note(self, event: str, **facts: Any) -> None:
+        """Say nothing: the next line shows it."""
+
+    def _show(self, at: _Progress) -> None:
         left = f", about {duration(at.seconds_left)} left" if at.seconds_left else ""
         self.say(
             f"{at.completed:,} of {at.total:,} ({100 * at.completed // at.total}%); this run: {at.tally.done:,} done, "
             f"{at.tally.skipped.total():,} skipped, {at.tally.failed.total():,} failed, {at.rate:,.1f}/s{left}"
         )
+
+
+class JsonDisplay(PlainDisplay):
+    """A JSON object a line and event, for log collectors: `time` (ISO 8601, UTC), `event`, and its facts."""
+
+    def say(self, line: str) -> None:
+        """Log a line that is meant for people."""
+        self.note("message", text=line)
+
+    def note(self, event: str, **facts: Any) -> None:
+        """Log an event."""
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        print(json.dumps({"time": now, "event": event, **facts}), file=self._stream, flush=True)
+
+    def _show(self, at: _Progress) -> None:
+        facts = {"completed": at.completed, "total": at.total, "rate": round(at.rate, 3)}
+        self.note("progress", **facts, **at.tally.as_dict())
 
 
 class LiveDisplay:
@@ -175,6 +205,9 @@ class LiveDisplay:
             left = f", {duration(at.seconds_left)} left" if at.seconds_left else ""
             speed = f"{at.rate:,.1f}/s{left}"
         self._bar.update(self._task, completed=at.completed, speed=speed)
+
+    def note(self, event: str, **facts: Any) -> None:
+        """Say nothing: the next refresh shows it."""
 
     def _render(self) -> RenderableType:
         from rich.console import Group

@@ -123,6 +123,8 @@ class Run:
         self._polled = 0.0
         self._remaining = 0
         self._display: Display
+        self._runs: dict[str, int] = {}
+        """The run of each dataset, by the dataset's name."""
 
     def go(
         self,
@@ -144,8 +146,10 @@ class Run:
             self._outcome.workers = [Tally() for _ in crew_jobs]
             self._outcome.waits = [Waits() for _ in crew_jobs]
             status = "failed"
+            self._display = show(self._remaining)
             try:
-                with show(self._remaining) as self._display:
+                with self._display:
+                    self._note_start(runs, len(crew_jobs))
                     status = "done" if self._watch(target, crew_jobs, environ) else "interrupted"
             except KeyboardInterrupt:
                 status = "interrupted"
@@ -153,11 +157,18 @@ class Run:
                 self._outcome.seconds = time.monotonic() - start
                 self._outcome.processor_seconds = _processor_seconds() - before
                 self._outcome.interrupted = status == "interrupted"
+                self._display.note("run_ended", status=status, runs=self._runs, **self._outcome.tally.as_dict())
                 self._end_runs(runs, status)
         with self._database.begin() as connection:
             for share in self._shares.values():
                 self._outcome.statuses[share.dataset.name] = share.queue.counts(connection)
         return self._outcome
+
+    def _note_start(self, runs: Mapping[int, int], workers: int) -> None:
+        self._runs = {share.dataset.name: runs[dataset_id] for dataset_id, share in self._shares.items()}
+        self._display.note(
+            "run_started", command=self._command, runs=self._runs, workers=workers, pending=self._remaining
+        )
 
     def _watch(self, target: Callable[[Channel, Any], None], jobs: Sequence[Any], environ: Mapping[str, str]) -> bool:
         crew = Crew(
@@ -175,18 +186,23 @@ class Run:
     def _on_message(self, index: int, message: object) -> bool:
         if isinstance(message, Leased):
             self._tokens[index] = message.token
+            self._display.note("worker_started", worker=index, lease=message.token)
             return False
         if isinstance(message, Waits):
             self._outcome.waits[index].add(message)
             return False
         assert isinstance(message, Committed)
+        dataset = self._shares[message.dataset_id].dataset.name
         self._outcome.workers[index].add(message.tally)
-        self._outcome.datasets[self._shares[message.dataset_id].dataset.name].add(message.tally)
+        self._outcome.datasets[dataset].add(message.tally)
+        facts = message.tally.as_dict()
+        self._display.note("committed", worker=index, dataset=dataset, run=self._runs[dataset], **facts)
         return True
 
     def _on_death(self, index: int) -> None:
         """Let the dead worker's rows be picked up at once, not when its lease runs out."""
         token = self._tokens.pop(index, None)
+        self._display.note("worker_died", worker=index, lease=token, runs=self._runs)
         if token is not None:
             self._try(lambda c: end_lease(c, token))
 

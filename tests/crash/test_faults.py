@@ -6,6 +6,7 @@ point at least once.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -34,11 +35,11 @@ Runs = list[Command]
 def begin(start: Start, tones: Path, tmp_path: Path) -> Start:
     """Start the main job on `tones` with a fault armed: at the second time that any worker comes to its point."""
 
-    def begin(point: str, action: str, *, workers: int = 2, number: int = 2) -> Command:
+    def begin(point: str, action: str, *, number: int = 2, log: bool = False) -> Command:
         counts = tmp_path / "faults"
         counts.mkdir(exist_ok=True)
         return start(
-            *("extract", str(tones), "--model", "probe", "--workers", str(workers)),
+            *("extract", str(tones), "--model", "probe", "--workers", "2", *(["--log-json"] if log else [])),
             PROBE_SLEEP=0.005,
             EMBSTORE_TEST_FAULTS=f"{point}:{action}:{number}",
             EMBSTORE_TEST_FAULTS_FOLDER=counts,
@@ -92,6 +93,25 @@ def test_the_command_is_told_to_stop_while_a_worker_hangs(
     again = begin(point, "hang", number=10**6)
     assert again.wait() == 0, again.err
     assert audit(watcher, runs, expected=undisturbed) == {"done": ITEMS}
+
+
+def test_the_log_tells_what_happened(begin: Start, watcher: Watcher, runs: Runs) -> None:
+    run = begin("before_commit", "kill", log=True)
+    assert run.wait() == 0, run.err
+    events = [json.loads(line) for line in run.err.splitlines()]
+    first, last = events[0], events[-1]
+    ((number,),) = watcher.rows("SELECT run_id FROM embstore.run")
+    assert (first["event"], first["command"], first["workers"]) == ("run_started", "extract", 2)
+    assert (last["event"], last["status"], last["embedded"]) == ("run_ended", "done", ITEMS)
+    assert first["runs"] == last["runs"] == {"tones": number}
+    [death] = [event for event in events if event["event"] == "worker_died"]
+    started = [event for event in events if event["event"] == "worker_started"]
+    assert len({event["lease"] for event in started}) == len(started) == 3
+    assert death["lease"] in {event["lease"] for event in started}
+    commits = [event for event in events if event["event"] == "committed"]
+    assert sum(event["embedded"] for event in commits) == ITEMS
+    assert {event["worker"] for event in commits} <= {0, 1}
+    assert {event["run"] for event in commits} == {number}
 
 
 def stopped_worker(run: Command) -> psutil.Process:
