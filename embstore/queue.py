@@ -65,7 +65,7 @@ RETURNING {key} AS key
 
 _QUARANTINE = """
 UPDATE {table} SET status = 'failed', error_code = 'worker_died', finished_at = clock_timestamp(),
-    error = 'its worker process died each of the ' || attempts || ' times that it was being worked on'
+    error = 'its worker process died, or hung, each of the ' || attempts || ' times that it was being worked on'
 WHERE {scope} AND {key} = ANY (ARRAY(
     SELECT {key} FROM {table} WHERE {abandoned} AND attempts >= :attempts FOR UPDATE SKIP LOCKED))
 RETURNING {key} AS key

@@ -23,6 +23,7 @@ from embstore.errors import DatabaseError, ItemError, ItemFailed
 from embstore.extract.batching import Outcome, Ready, Waiting, embed_each, embeddable
 from embstore.extract.ledger import Ledger
 from embstore.extract.tuning import UNTUNED, Tuning
+from embstore.extract.watchdog import STUCK_SECONDS, Watchdog, decoding_seconds
 from embstore.models.base import Model, Prepared, Recipe
 from embstore.progress import Tally
 from embstore.queue import LEASE_SECONDS, Queue
@@ -56,6 +57,7 @@ class Job:
     tuning: Tuning = UNTUNED
     lease_seconds: float = LEASE_SECONDS
     patience: float = PATIENCE
+    stuck_seconds: float = STUCK_SECONDS
 
 
 def extraction_queue(dataset_id: int, model_id: int) -> Queue:
@@ -82,6 +84,7 @@ class _Pipeline:
         self._waiting = Waiting(job.tuning.buffer << 20)
         model.max_cost = job.tuning.batch or model.max_cost
         self._stopwatch = Stopwatch(self._blame)
+        self._watchdog = Watchdog(job.stuck_seconds)
         self._channel = channel
         self._claimed: queue.SimpleQueue[tuple[Path, ItemRow]] = queue.SimpleQueue()
         self._root = Path()
@@ -126,8 +129,9 @@ class _Pipeline:
             batch = doubtful + fresh
             if not batch or self._over():
                 return
-            faults.reach("model")
-            outcomes = list(embed_each(self._model, batch, self._job.recipe.dim, proof))
+            with self._watchdog.limit(sum(ready.prepared.seconds for ready in batch)):
+                faults.reach("model")
+                outcomes = list(embed_each(self._model, batch, self._job.recipe.dim, proof))
             self._stopwatch.charge("device")
             proof = embeddable(batch, outcomes) or proof
             # As long as the model has embedded nothing at all, a failure is not yet an item's fault.
@@ -159,9 +163,11 @@ class _Pipeline:
             root, row = self._claimed.get()
             if not self._waiting.wait_for_room() or self._stopping.is_set():
                 continue
-            faults.reach("decode")
+            path = root / row.path
             try:
-                prepared = self._model.prepare(root / row.path, row.start, row.duration)
+                with self._watchdog.limit(decoding_seconds(path)):
+                    faults.reach("decode")
+                    prepared = self._model.prepare(path, row.start, row.duration)
             except ItemError as error:
                 self._waiting.miss()
                 self._ledger.put(Outcome(row.item_id, 0.0, error))

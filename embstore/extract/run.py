@@ -14,6 +14,7 @@ from embstore.catalog import Dataset
 from embstore.db.engine import PATIENCE, Database
 from embstore.extract.devices import Plan
 from embstore.extract.pipeline import Job, Task, extraction_queue, work
+from embstore.extract.watchdog import STUCK_SECONDS
 from embstore.models.base import Recipe
 from embstore.progress import Display
 from embstore.queue import LEASE_SECONDS
@@ -63,8 +64,9 @@ def extract(
     return run.go(work, lambda _runs: jobs, show=show, environ=plan.environ)
 
 
-def _limits() -> tuple[float, float]:
-    """Seconds of a lease, and of patience with the database; tests that wait for them to pass make them shorter."""
+def _limits() -> tuple[float, float, float]:
+    """Seconds of a lease, of patience with the database, and until work hangs; tests that wait for them have less."""
     lease = float(os.environ.get("EMBSTORE_TEST_LEASE_SECONDS", LEASE_SECONDS))
     patience = float(os.environ.get("EMBSTORE_TEST_PATIENCE_SECONDS", PATIENCE))
-    return lease, patience
+    stuck = float(os.environ.get("EMBSTORE_TEST_STUCK_SECONDS", STUCK_SECONDS))
+    return lease, patience, stuck

@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -93,6 +94,34 @@ def test_the_command_is_told_to_stop_while_a_worker_hangs(
     again = begin(point, "hang", number=10**6)
     assert again.wait() == 0, again.err
     assert audit(watcher, runs, expected=undisturbed) == {"done": ITEMS}
+
+
+@pytest.fixture
+def small_memory() -> Iterator[Path]:
+    """A control group whose processes may use 400 MB together: the kernel kills the largest one that wants more."""
+    own = next((line for line in Path("/proc/self/cgroup").read_text().splitlines() if ":memory:" in line), None)
+    if own is None:
+        pytest.skip("no memory controller of version 1")
+    group = Path("/sys/fs/cgroup/memory" + own.split(":")[2]) / f"embstore-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / "memory.limit_in_bytes").write_text(str(400 << 20))
+    except OSError as error:
+        pytest.skip(f"no control group can be made here: {error}")
+    yield group
+    wait_until(lambda: not (group / "cgroup.procs").read_text(), "the processes to end")
+    group.rmdir()
+
+
+def test_the_kernel_kills_a_worker_for_its_memory(
+    begin: Start, watcher: Watcher, undisturbed: Vectors, runs: Runs, tmp_path: Path, small_memory: Path
+) -> None:
+    run = begin("model", "memory")
+    (small_memory / "cgroup.procs").write_text(str(run.pid))
+    assert run.wait() == 0, run.err
+    assert reached(tmp_path, "model")
+    assert "oom_kill 1" in (small_memory / "memory.oom_control").read_text()
+    assert audit(watcher, runs, expected=undisturbed, orphans=LEASE_SECONDS) == {"done": ITEMS}
 
 
 def test_the_log_tells_what_happened(begin: Start, watcher: Watcher, runs: Runs) -> None:

@@ -26,6 +26,7 @@ def sound(tmp_path: Path) -> Path:
     [
         ("poison-abort", "worker_died"),
         ("poison-segv", "worker_died"),
+        ("poison-hang", "worker_died"),
         ("poison-raise", "model_error"),
         ("poison-oom", "model_error"),
         ("poison-panic", "model_error"),
@@ -38,7 +39,8 @@ def test_exactly_the_bad_files_fail(
     name: str, code: str, start: Start, sound: Path, watcher: Watcher, runs: Runs
 ) -> None:
     bad = [write_tone(sound / f"speaker-{i}" / f"{name}.wav", 100 + i).relative_to(sound) for i in (3, 7)]
-    run = start("extract", str(sound), "--model", "probe", "--workers", "2", PROBE_SLEEP=0.005)
+    env = {"PROBE_SLEEP": 0.005, "EMBSTORE_TEST_STUCK_SECONDS": 2}
+    run = start("extract", str(sound), "--model", "probe", "--workers", "2", **env)
     assert run.wait() == 1, run.err
     assert watcher.refused() == {str(path): code for path in bad}
     assert audit(watcher, runs) == {"done": GOOD, "failed": 2}

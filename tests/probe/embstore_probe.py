@@ -117,6 +117,8 @@ def _check_device() -> None:
 def _misbehave(name: str, vector: NDArray[np.float32]) -> None:
     if "poison-segv" in name:
         ctypes.string_at(0)
+    if "poison-hang" in name:
+        time.sleep(3600)
     if "poison-raise" in name:
         raise ValueError("two lines of\nexplanation")
     if "poison-oom" in name:
