@@ -41,23 +41,32 @@ _MANY = 1_000
 _IDLE = 0.1
 _BEAT = 1.0
 
-# The row says by which average it is to be computed: two runs at once that want different ones cannot mix them. A
-# vector by the other average goes at once, so that what is there is always what its row says.
-_TAKE_CHANGES = """
+_PENDING = "status = 'pending', attempts = 0, claim_token = NULL, error_code = NULL, error = NULL"
+
+# The row says by which average it is to be computed: two runs at once that want different ones cannot mix them.
+_TAKE_CHANGES = f"""
 WITH taken AS (
     DELETE FROM embstore.speaker_change WHERE dataset_id = :dataset_id AND model_id = :model_id RETURNING speaker)
 INSERT INTO embstore.centroid AS c (dataset_id, model_id, speaker, average)
 SELECT :dataset_id, :model_id, speaker, :average FROM taken GROUP BY speaker ORDER BY speaker
-ON CONFLICT (dataset_id, model_id, speaker) DO UPDATE
-SET status = 'pending', attempts = 0, claim_token = NULL, error_code = NULL, error = NULL
+ON CONFLICT (dataset_id, model_id, speaker) DO UPDATE SET {_PENDING}
 """
 
-_MARK = """
-UPDATE embstore.centroid SET status = 'pending', attempts = 0, claim_token = NULL, error_code = NULL, error = NULL,
-    average = :average, embedding = CASE WHEN average = :average THEN embedding END
+# A vector by the other average goes at once, so that what is there is always what its row says. After the rows, which
+# takes them away from workers that may be writing it.
+_OTHER_AVERAGE = f"""
+UPDATE embstore.centroid SET {_PENDING}, average = :average
+WHERE dataset_id = :dataset_id AND model_id = :model_id AND average <> :average RETURNING centroid_id
+"""
+_FORGET_VECTORS = """
+DELETE FROM embstore.centroid_vector
+WHERE dataset_id = :dataset_id AND model_id = :model_id AND centroid_id = ANY (:centroid_ids)
+"""
+
+_MARK = f"""
+UPDATE embstore.centroid SET {_PENDING}
 WHERE dataset_id = :dataset_id AND model_id = :model_id AND (
-    average <> :average
-    OR (CAST(:recompute AS boolean) AND status IN ('done', 'failed', 'skipped'))
+    (CAST(:recompute AS boolean) AND status IN ('done', 'failed', 'skipped'))
     OR (status = 'done' AND num_utterances < :min_utterances)
     OR (status = 'skipped' AND num_utterances >= :min_utterances))
 """
@@ -71,54 +80,64 @@ WHERE c.dataset_id = :dataset_id AND c.model_id = :model_id AND c.status IN ('pe
 _ANALYZE = "ANALYZE embstore.centroid (dataset_id, model_id, centroid_id, speaker, status)"
 
 # One speaker after the other (LATERAL), so that no more than one speaker's vectors are held at a time, each fetched
-# once; and its utterances in the order of their ids, so that sums are the same bits whatever else is in the range.
-# pgvector's `<=>` calculates in float32, and is wrong where squares leave its range: only there are vectors brought
-# to unit length first. An average of unit vectors that is shorter than float32's rounding has no direction.
+# once; and its utterances in the order of their ids, so that sums are the same bits whatever else is in the range. All
+# ids of a speaker go to the index at once: a join would descend it anew for each, and take three times as long.
+# pgvector's inner product calculates in float32, and is wrong where squares leave its range: only there are vectors
+# brought to unit length first. An average of unit vectors that is shorter than float32's rounding has no direction.
 # By ctid: of the indexes, the planner takes the wrong one where statistics are old. The fence is that of the row as it
-# is once it is locked.
+# is once it is locked; a vector is written or removed for rows inside the fence alone.
 _COMPUTE = """
-UPDATE embstore.centroid c SET
-    status = r.status, error_code = r.code,
-    error = CASE r.code WHEN 'zero_vector' THEN 'the utterances cancel each other out'
-        WHEN 'too_few_utterances'
-        THEN format('%s utterances are fewer than the minimum of %s', s.utterances, :min_utterances) END,
-    embedding = CASE WHEN r.status = 'done' THEN s.vector END,
-    num_utterances = s.utterances, cohesion = s.cohesion,
-    lowest_item_id = s.lowest_item_id, lowest_cosine = s.lowest,
-    run_id = :run_id, finished_at = clock_timestamp()
-FROM embstore.centroid o
-CROSS JOIN LATERAL (
-    WITH utterance AS MATERIALIZED (
-        SELECT i.item_id, e.embedding
-        FROM (SELECT item_id FROM embstore.item WHERE dataset_id = :dataset_id AND speaker = o.speaker
-              ORDER BY item_id) i
-        JOIN embstore.embedding_{model_id} e
-            ON e.dataset_id = :dataset_id AND e.model_id = :model_id AND e.item_id = i.item_id
-    ), average AS MATERIALIZED (
-        SELECT utterances, vector_norm(vector) AS norm,
-            CASE o.average WHEN 'unit' THEN l2_normalize(vector) ELSE vector END AS vector,
-            vector_norm(vector) <= CASE o.average WHEN 'unit' THEN 1e-6 ELSE 0 END AS is_zero
-        FROM (SELECT count(*) AS utterances,
-                  avg(CASE o.average WHEN 'unit' THEN l2_normalize(embedding) ELSE embedding END) AS vector
-              FROM utterance) a
-    ), compared AS MATERIALIZED (
-        SELECT item_id, CASE
-            WHEN norm BETWEEN 1e-15 AND 1e15 AND vector_norm(embedding) BETWEEN 1e-15 AND 1e15
-            THEN 1 - (embedding <=> vector)
-            ELSE least(1, -(l2_normalize(embedding) <#> l2_normalize(vector))) END AS cosine
-        FROM utterance CROSS JOIN average WHERE NOT is_zero
-    )
-    SELECT utterances, vector, is_zero, cohesion, lowest,
-        (SELECT item_id FROM compared WHERE cosine = lowest LIMIT 1) AS lowest_item_id
-    FROM average CROSS JOIN (SELECT avg(cosine) AS cohesion, min(cosine) AS lowest FROM compared) m
-) s
-CROSS JOIN LATERAL (
-    SELECT CASE WHEN s.utterances < :min_utterances THEN 'skipped' WHEN s.is_zero THEN 'failed' ELSE 'done' END,
-        CASE WHEN s.utterances < :min_utterances THEN 'too_few_utterances' WHEN s.is_zero THEN 'zero_vector' END
-) AS r (status, code)
-WHERE o.dataset_id = :dataset_id AND o.model_id = :model_id AND o.centroid_id = ANY (CAST(:keys AS bigint[]))
-    AND c.ctid = o.ctid AND c.dataset_id = :dataset_id AND c.status = 'running' AND c.claim_token = :token
-RETURNING c.status, c.error_code
+WITH marked AS (
+    UPDATE embstore.centroid c SET
+        status = r.status, error_code = r.code,
+        error = CASE r.code WHEN 'zero_vector' THEN 'the utterances cancel each other out'
+            WHEN 'too_few_utterances'
+            THEN format('%s utterances are fewer than the minimum of %s', s.utterances, :min_utterances) END,
+        num_utterances = s.utterances, cohesion = s.cohesion,
+        lowest_item_id = s.lowest_item_id, lowest_cosine = s.lowest,
+        run_id = :run_id, finished_at = clock_timestamp()
+    FROM embstore.centroid o
+    CROSS JOIN LATERAL (
+        WITH utterance AS MATERIALIZED (
+            SELECT e.item_id, e.embedding, -(e.embedding <#> e.embedding) AS square
+            FROM embstore.embedding_{model_id} e
+            WHERE e.dataset_id = :dataset_id AND e.model_id = :model_id AND e.item_id = ANY (ARRAY(
+                SELECT i.item_id FROM embstore.item i WHERE i.dataset_id = :dataset_id AND i.speaker = o.speaker))
+            ORDER BY e.item_id
+        ), average AS MATERIALIZED (
+            SELECT utterances, l2_normalize(vector) AS direction,
+                CASE o.average WHEN 'unit' THEN l2_normalize(vector) ELSE vector END AS vector,
+                vector_norm(vector) <= CASE o.average WHEN 'unit' THEN 1e-6 ELSE 0 END AS is_zero
+            FROM (SELECT count(*) AS utterances,
+                      avg(CASE o.average WHEN 'unit' THEN l2_normalize(embedding) ELSE embedding END) AS vector
+                  FROM utterance) a
+        ), compared AS MATERIALIZED (
+            SELECT item_id, greatest(-1, least(1, CASE WHEN square BETWEEN 1e-30 AND 1e30
+                THEN -(embedding <#> direction) / sqrt(square)
+                ELSE -(l2_normalize(embedding) <#> direction) END)) AS cosine
+            FROM utterance CROSS JOIN average WHERE NOT is_zero
+        )
+        SELECT utterances, vector, is_zero, cohesion, lowest,
+            (SELECT item_id FROM compared WHERE cosine = lowest LIMIT 1) AS lowest_item_id
+        FROM average CROSS JOIN (SELECT avg(cosine) AS cohesion, min(cosine) AS lowest FROM compared) m
+    ) s
+    CROSS JOIN LATERAL (
+        SELECT CASE WHEN s.utterances < :min_utterances THEN 'skipped' WHEN s.is_zero THEN 'failed' ELSE 'done' END,
+            CASE WHEN s.utterances < :min_utterances THEN 'too_few_utterances' WHEN s.is_zero THEN 'zero_vector' END
+    ) AS r (status, code)
+    WHERE o.dataset_id = :dataset_id AND o.model_id = :model_id AND o.centroid_id = ANY (CAST(:keys AS bigint[]))
+        AND c.ctid = o.ctid AND c.dataset_id = :dataset_id AND c.status = 'running' AND c.claim_token = :token
+    RETURNING c.centroid_id, c.status, c.error_code, s.vector
+), written AS (
+    INSERT INTO embstore.centroid_vector (dataset_id, model_id, centroid_id, embedding)
+    SELECT :dataset_id, :model_id, centroid_id, vector FROM marked WHERE status = 'done'
+    ON CONFLICT (dataset_id, model_id, centroid_id) DO UPDATE SET embedding = excluded.embedding
+), removed AS (
+    DELETE FROM embstore.centroid_vector v USING marked
+    WHERE v.dataset_id = :dataset_id AND v.model_id = :model_id AND v.centroid_id = marked.centroid_id
+        AND marked.status <> 'done'
+)
+SELECT status, error_code FROM marked
 """
 
 # Everything is read by index, whatever the statistics say, which lag behind a bulk load. Compiling the plan takes
@@ -171,6 +190,9 @@ def refresh(connection: Connection, dataset_id: int, model_id: int, options: Opt
     if changed >= _MANY:
         connection.execute(text(_ANALYZE))  # or claims, too, would be planned for the few rows of before
     connection.execute(text(_FORGET), values)
+    others = list(connection.execute(text(_OTHER_AVERAGE), values).scalars())
+    if others:
+        connection.execute(text(_FORGET_VECTORS), values | {"centroid_ids": others})
     connection.execute(text(_MARK), values)
 
 

@@ -44,14 +44,15 @@ ORDER BY d.name, m.name, c.status, c.items DESC, c.error_code
 
 # A speaker that changed and whose centroid waits anyway counts once.
 _CENTROIDS = """
-SELECT d.name, m.name, c.centroids, c.waiting + (
+SELECT d.name, m.name, (
+    SELECT count(*) FROM embstore.centroid_vector v WHERE v.dataset_id = c.dataset_id AND v.model_id = c.model_id
+), c.waiting + (
     SELECT count(DISTINCT g.speaker) FROM embstore.speaker_change g
     WHERE g.dataset_id = c.dataset_id AND g.model_id = c.model_id AND NOT EXISTS (
         SELECT FROM embstore.centroid w WHERE w.dataset_id = g.dataset_id AND w.model_id = g.model_id
             AND w.speaker = g.speaker AND w.status IN ('pending', 'running'))) AS stale
 FROM (
-    SELECT dataset_id, model_id, count(embedding) AS centroids,
-        count(*) FILTER (WHERE status IN ('pending', 'running')) AS waiting
+    SELECT dataset_id, model_id, count(*) FILTER (WHERE status IN ('pending', 'running')) AS waiting
     FROM embstore.centroid
     WHERE (CAST(:dataset_id AS integer) IS NULL OR dataset_id = :dataset_id)
         AND (CAST(:model_id AS smallint) IS NULL OR model_id = :model_id)

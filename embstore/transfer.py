@@ -32,8 +32,10 @@ _PIECE = 1000
 _LONGEST_NAME = 200
 
 _WHERE = """
-FROM embstore.centroid c JOIN embstore.dataset d USING (dataset_id)
-WHERE c.model_id = :model_id AND c.embedding IS NOT NULL AND (CAST(:dataset AS text) IS NULL OR d.name = :dataset)
+FROM embstore.centroid c
+JOIN embstore.centroid_vector v USING (dataset_id, model_id, centroid_id)
+JOIN embstore.dataset d USING (dataset_id)
+WHERE c.model_id = :model_id AND (CAST(:dataset AS text) IS NULL OR d.name = :dataset)
 """
 _COUNT = f"""
 SELECT count(*), count(*) FILTER (WHERE c.status <> 'done' OR EXISTS (SELECT FROM embstore.speaker_change g
@@ -46,7 +48,7 @@ SELECT d.name, c.speaker, vector_send(c.embedding), c.average, c.num_utterances,
      WHERE i.dataset_id = c.dataset_id AND i.speaker = c.speaker AND x.model_id = c.model_id
          AND x.status IN ('failed', 'skipped')),
     u.ids, u.paths
-FROM (SELECT c.*, d.name AS dataset, d.root {_WHERE}) c
+FROM (SELECT c.*, v.embedding, d.name AS dataset, d.root {_WHERE}) c
 JOIN embstore.dataset d USING (dataset_id)
 CROSS JOIN LATERAL (
     SELECT array_agg(i.item_id ORDER BY i.item_id) AS ids,

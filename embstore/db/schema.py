@@ -6,8 +6,8 @@ the tables can be spread over several servers by it without a rewrite.
 Items, extractions and embeddings are bulk data: what belongs to a deleted row is deleted by statement triggers, not by
 foreign keys, whose check of every inserted row costs more than the insert.
 
-Status lives in `extraction` alone: a narrow row without a vector, because an update of a row under a vector index
-inserts the vector into that index again.
+Status is never on a row that holds a vector: every claim and every result rewrites its row, and under a vector index
+inserts the vector there again. So `extraction` and `embedding` are two tables, and `centroid` and `centroid_vector`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import JSONB
 
 SCHEMA = "embstore"
-HEAD = "0004"
+HEAD = "0005"
 """The newest migration. Revisions are numbered, so that older and newer can be told apart without loading Alembic."""
 
 MINIMUM_SERVER = 16
@@ -199,7 +199,6 @@ centroid = Table(
     Column("speaker", Text, nullable=False),
     *_queue_columns(),
     Column("average", Text, CheckConstraint("average IN ('mean', 'unit')", name="centroid_average"), nullable=False),
-    Column("embedding", Vector()),
     Column("num_utterances", Integer),
     Column("cohesion", REAL, comment="mean cosine of the utterances to the centroid"),
     Column("lowest_item_id", BigInteger, comment="the utterance that is least like the centroid"),
@@ -218,6 +217,16 @@ for _status in ("pending", "running"):
         centroid.c.centroid_id,
         postgresql_where=text(f"status = '{_status}'"),
     )
+
+centroid_vector = Table(
+    "centroid_vector",
+    metadata,
+    Column("dataset_id", Integer, nullable=False),
+    Column("model_id", SmallInteger, nullable=False),
+    Column("centroid_id", BigInteger, nullable=False),
+    Column("embedding", Vector(), nullable=False),
+    PrimaryKeyConstraint("dataset_id", "model_id", "centroid_id"),
+)
 
 boundary_run = Table(
     "boundary_run",

@@ -37,7 +37,7 @@ def averaged(store: Database, cli: Cli) -> Database:
 
 def stored(database: Database) -> dict[str, NDArray[np.float32]]:
     with database.begin() as connection:
-        rows = connection.execute(text("SELECT speaker, vector_send(embedding) FROM embstore.centroid"))
+        rows = connection.execute(text("SELECT speaker, vector_send(embedding) FROM embstore.speaker_centroids"))
         return {speaker: np.frombuffer(bytes(sent)[4:], ">f4").astype(np.float32) for speaker, sent in rows}
 
 
@@ -199,12 +199,18 @@ def test_a_file_in_the_place_of_the_folder(averaged: Database, cli: Cli, tmp_pat
     assert result.stderr.startswith("error: cannot write to '")
 
 
+_SHORTEN = """
+UPDATE embstore.centroid_vector v SET embedding = '[1]' FROM embstore.centroid c
+WHERE v.centroid_id = c.centroid_id AND c.speaker = 'böb'
+"""
+
+
 def test_what_fails_in_the_middle_leaves_no_half_file(averaged: Database, cli: Cli, tmp_path: Path) -> None:
     assert cli("export", "centroids", str(tmp_path), "--format", "npz").exit_code == 0
     before = (tmp_path / "centroids.npz").read_bytes()
     with averaged.begin() as connection:
         # One vector has another dimension than the rest, which no vector that embstore computes has.
-        connection.execute(text("UPDATE embstore.centroid SET embedding = '[1]' WHERE speaker = 'böb'"))
+        connection.execute(text(_SHORTEN))
     result = cli("export", "centroids", str(tmp_path), "--format", "parquet")
     assert result.exit_code != 0
     assert sorted(path.name for path in tmp_path.iterdir()) == [transfer.MARKER, "centroids.npz"]

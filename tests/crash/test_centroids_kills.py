@@ -65,7 +65,7 @@ def wait_for_done(watcher: Watcher, number: int) -> None:
 
 def check(watcher: Watcher, expected: dict[str, Mean], before: dict[int, str]) -> None:
     """Complete, right, one a speaker, and what was done `before` was left as it was."""
-    rows = watcher.rows("SELECT speaker, status, num_utterances, embedding::text FROM embstore.centroid")
+    rows = watcher.rows("SELECT speaker, status, num_utterances, embedding::text FROM embstore.speaker_centroids")
     assert sorted(row[0] for row in rows) == sorted(expected)
     assert {row[1:3] for row in rows} == {("done", UTTERANCES)}
     assert max(np.abs(json.loads(vector) - expected[speaker]).max() for speaker, _, _, vector in rows) <= 1e-6

@@ -51,12 +51,19 @@ def test_centroids_whose_commits_are_lost(
 ) -> None:
     assert start("extract", str(tones), "--model", "probe").wait() == 0
     assert start("centroids").wait() == 0
-    expected = watcher.rows("SELECT speaker, num_utterances, embedding::text FROM embstore.centroid ORDER BY 1")
-    watcher.rows("UPDATE embstore.centroid SET status = 'pending', embedding = NULL, num_utterances = NULL")
+    expected = watcher.rows(
+        "SELECT speaker, num_utterances, embedding::text FROM embstore.speaker_centroids ORDER BY 1"
+    )
+    watcher.rows(
+        "UPDATE embstore.centroid SET status = 'pending', num_utterances = NULL; DELETE FROM embstore.centroid_vector"
+    )
     with proxy(database_url, some(0.2, is_commit), when=when) as between:
         run_until_done(start, "centroids", "--chunk-size", "1", DATABASE_URL=between.address)
         assert between.cuts > 1
-    assert watcher.rows("SELECT speaker, num_utterances, embedding::text FROM embstore.centroid ORDER BY 1") == expected
+    assert (
+        watcher.rows("SELECT speaker, num_utterances, embedding::text FROM embstore.speaker_centroids ORDER BY 1")
+        == expected
+    )
     assert watcher.rows("SELECT DISTINCT status FROM embstore.centroid") == [("done",)]
 
 

@@ -101,8 +101,8 @@ class Store:
     def bits(self) -> dict[str, bytes]:
         rows = ask(
             self.database,
-            "SELECT c.speaker, vector_send(c.embedding) FROM embstore.centroid c"
-            " WHERE c.dataset_id = :d AND c.embedding IS NOT NULL",
+            "SELECT speaker, vector_send(embedding) FROM embstore.centroid"
+            " JOIN embstore.centroid_vector USING (dataset_id, model_id, centroid_id) WHERE dataset_id = :d",
             d=self.dataset_id,
         )
         return {speaker: bytes(sent)[4:] for speaker, sent in rows}
@@ -330,6 +330,7 @@ def test_removed_items_and_speakers(crowd: Crowd) -> None:
     assert stale(store) == {"ann", "cem"}
     assert touched(store) == {"ann", "cem"}
     assert set(store.column("speaker")) == {"ann", "bob"}
+    assert ask(store.database, "SELECT count(*) FROM embstore.centroid_vector") == [(2,)]
     assert np.abs(store.read()["ann"] - expected(vectors_of(3, seed=0)[1:], "mean")).max() <= 1e-6
 
 
@@ -398,6 +399,7 @@ def test_a_deleted_dataset_takes_its_centroids_with_it(crowd: Crowd, settings: S
     with store.database.begin() as connection:
         connection.execute(text("DELETE FROM embstore.dataset WHERE name = 'calls'"))
     assert ask(store.database, "SELECT dataset, speaker FROM embstore.speaker_centroids") == [("books", "ann")]
+    assert ask(store.database, "SELECT count(*) FROM embstore.centroid_vector") == [(1,)]
     assert ask(store.database, "SELECT count(*) FROM embstore.speaker_change") == [(0,)]
 
 

@@ -107,12 +107,31 @@ def test_migrations_and_tables_agree(database: Database, database_url: str) -> N
     engine.dispose()
 
 
+def test_centroids_keep_their_vectors_up_and_down(database: Database) -> None:
+    select = "SELECT speaker, status, embedding, stale FROM embstore.speaker_centroids ORDER BY speaker"
+    with database.begin() as connection:
+        _model(connection, dim=2)
+        connection.exec_driver_sql(
+            "INSERT INTO embstore.dataset (name, media, root) VALUES ('d', 'audio', '/d');"
+            "INSERT INTO embstore.centroid (dataset_id, model_id, speaker, status, average) VALUES"
+            " (1, 1, 'ann', 'done', 'mean'), (1, 1, 'bob', 'done', 'mean'), (1, 1, 'cem', 'pending', 'mean');"
+            "INSERT INTO embstore.centroid_vector SELECT 1, 1, centroid_id, ARRAY[centroid_id, 0]::real[]::vector"
+            " FROM embstore.centroid WHERE status = 'done'"
+        )
+        before = connection.exec_driver_sql(select).all()
+    assert [row[2:] for row in before] == [("[1,0]", False), ("[2,0]", False), (None, True)]
+    for move in (lambda: migrate.downgrade(database, "0004"), lambda: migrate.upgrade(database)):
+        move()
+        with database.begin() as connection:
+            assert connection.exec_driver_sql(select).all() == before
+
+
 _COLUMNS = f"""
 SELECT c.relname, a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull, a.attidentity,
     pg_get_expr(d.adbin, d.adrelid), col_description(a.attrelid, a.attnum)
 FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid
 LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
-WHERE c.relnamespace = to_regnamespace('{SCHEMA}') AND c.relkind IN ('r', 'p') AND a.attnum > 0
+WHERE c.relnamespace = to_regnamespace('{SCHEMA}') AND c.relkind IN ('r', 'p') AND a.attnum > 0 AND NOT a.attisdropped
     AND c.relname <> 'alembic_version'
 ORDER BY c.relname, a.attnum
 """
