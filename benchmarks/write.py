@@ -1,7 +1,8 @@
 """Vectors plus status in one transaction, against raw COPY BINARY of the same rows.
 
 embstore    `embstore.vectors.write`, one transaction a batch of 256: the claimed rows of the queue become done, fenced
-            by their token, and their vectors go by COPY into the model's partition, with its key and checks
+            by their token, a trigger notes the speakers whose utterances they are (200 a speaker), and the vectors go
+            by COPY into the model's partition, with its key and checks
 raw 256     nothing but psycopg2: COPY (FORMAT BINARY) from the same arrays, one transaction a batch of 256, into a bare
             table of the same four columns (dataset_id, model_id, item_id, embedding) with the same primary key, and no
             checks
@@ -35,8 +36,12 @@ _MODEL = """
 INSERT INTO embstore.model (name, media, dim, fingerprint, settings) VALUES ('bench', 'audio', :dim, '', '{}')
 RETURNING model_id
 """
+_ITEMS = """
+INSERT INTO embstore.item (dataset_id, position, path, speaker)
+SELECT 1, n, 'speaker/' || n || '.wav', 'speaker-' || n / 200 FROM generate_series(0, :items - 1) n
+"""
 _PENDING = """
-INSERT INTO embstore.extraction (dataset_id, model_id, item_id) SELECT 1, :model_id, generate_series(1, :items)
+INSERT INTO embstore.extraction (dataset_id, model_id, item_id) SELECT dataset_id, :model_id, item_id FROM embstore.item
 """
 _BARE = """
 CREATE TABLE bare (dataset_id integer, model_id smallint, item_id bigint, embedding vector NOT NULL,
@@ -113,7 +118,8 @@ def main() -> None:
             model_id = int(connection.execute(text(_MODEL), {"dim": DIM}).scalar_one())
             vectors.create_partition(connection, model_id, "bench", DIM)
             total = options.items * options.rounds
-            connection.execute(text(_PENDING), {"model_id": model_id, "items": total})
+            connection.execute(text(_ITEMS), {"items": total})
+            connection.execute(text(_PENDING), {"model_id": model_id})
             connection.execute(text(_BARE))
         raw = {
             "raw 256": _Raw(settings, BATCH, rows),
