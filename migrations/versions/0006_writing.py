@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from alembic import op
 
-revision = "0005"
-down_revision = "0004"
+revision = "0006"
+down_revision = "0005"
 
 # Room for a row's next versions beside it. Elsewhere they would have to be locked before they are moved, a record of
 # the log each; and a table in which every row was claimed and finished is as large in the end without it.
