@@ -8,11 +8,9 @@ content, not at the file's name, and both release the GIL, so that threads of on
 from __future__ import annotations
 
 import math
-import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
 from itertools import chain
@@ -28,19 +26,14 @@ import soxr
 from numpy.typing import NDArray
 
 from embstore.errors import ItemFailed
+from embstore.media import extensions, files
 from embstore.media.sinc import SincResampler
 
 Channels = Literal["first", "mean"]
 Resampling = Literal["soxr", "sinc"]
 """soxr is the better one; `sinc` is torchaudio's, for models that know nothing else."""
 
-EXTENSIONS = frozenset(
-    {".aif", ".aifc", ".aiff", ".au", ".caf", ".rf64", ".snd", ".sph", ".w64", ".wav", ".wave"}
-    | {".ape", ".flac", ".tta", ".wv"}
-    | {".3gp", ".aac", ".amr", ".m4a", ".m4b", ".mka", ".mp3", ".mp4", ".mpga", ".oga", ".ogg", ".opus"}
-    | {".weba", ".webm", ".wma"}
-)
-"""Suffixes, in lower case, of the files that a folder scan takes for audio."""
+EXTENSIONS = extensions.AUDIO
 
 _BLOCK_VALUES = 1 << 22
 """Values (frames × channels) decoded at a time, so that memory follows the result and not the file's channels."""
@@ -112,34 +105,13 @@ def read(
     end = math.inf if duration is None else begin + duration
     if not 0 <= begin < end or math.isinf(begin):
         raise ItemFailed("out_of_range", f"a stretch from {begin:g} s to {end:g} s holds no audio")
-    with _opened(path) as file:
+    with files.opened(path) as file:
         samples, seconds = _decode(file, begin, end, _Collector(sample_rate, channels, resampling))
     if samples.size:
         return Audio(samples, seconds)
     if begin > 0:
         raise ItemFailed("out_of_range", f"the stretch starts at {begin:g} s, where the audio has ended")
     raise ItemFailed("empty_audio", "the file holds 0 samples")
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[FileIO]:
-    """Open a regular file; every error of the file system becomes an ItemFailed."""
-    try:
-        # Before opening: to open a named pipe waits for its writer.
-        mode = path.stat().st_mode
-        if stat.S_ISDIR(mode):
-            raise ItemFailed("is_a_directory", f"{path} is a directory")
-        if not stat.S_ISREG(mode):
-            raise ItemFailed("not_a_file", f"{path} is not a regular file")
-        # Unbuffered: libsndfile reads from the descriptor, whose place a buffer would run ahead of.
-        with path.open("rb", buffering=0) as file:
-            yield file
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise ItemFailed("not_found", f"{path} does not exist") from error
-    except PermissionError as error:
-        raise ItemFailed("no_permission", f"{path} may not be read by this user") from error
-    except OSError as error:
-        raise ItemFailed("read_error", f"{path}: {error.strerror or error}") from error
 
 
 def _decode(file: FileIO, begin: float, end: float, collector: _Collector) -> tuple[NDArray[np.float32], float]:
