@@ -99,6 +99,11 @@ UPDATE embstore.extraction x SET {_PENDING}
 WHERE x.dataset_id = :dataset_id AND {_MISSED} AND x.item_id = ANY (ARRAY(SELECT item_id FROM difference WHERE is_back))
 """
 
+_FORGET_FACES = """
+DELETE FROM embstore.face f
+WHERE f.dataset_id = :dataset_id AND f.item_id = ANY (ARRAY(SELECT item_id FROM difference WHERE is_changed))
+"""
+
 _ENQUEUE = """
 INSERT INTO embstore.extraction (dataset_id, model_id, item_id)
 SELECT i.dataset_id, :model_id, i.item_id FROM embstore.item i
@@ -143,7 +148,7 @@ def register(connection: Connection, dataset_id: int, entries: Iterable[Entry], 
     connection.execute(text(_DIFFERENCE), {**values, "present": found})
     count = connection.execute(text(_COUNT)).one()
     if not dry_run:
-        for sql in (_START_OVER, _FORGET_VECTORS, _TRY_AGAIN, _UPDATE, _VANISH, _INSERT):
+        for sql in (_START_OVER, _FORGET_VECTORS, _FORGET_FACES, _TRY_AGAIN, _UPDATE, _VANISH, _INSERT):
             connection.execute(text(sql), values)
     connection.execute(text("DROP TABLE scan, difference"))
     return Registered(found, count.new, count.changed, count.vanished, count.vanished_before, count.back)

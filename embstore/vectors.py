@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from sqlalchemy.exc import DBAPIError
 
 from embstore.db.copy import Column, copy_rows, read_rows
 from embstore.errors import UsageError
+from embstore.models.base import Face
 from embstore.queue import Queue
 
 _PLAIN_UP_TO = 1900
@@ -101,10 +102,16 @@ def drop_partition(connection: Connection, model_id: int) -> None:
 
 
 def write(
-    connection: Connection, queue: Queue, token: int, item_ids: Sequence[int], vectors: NDArray[np.float32]
+    connection: Connection,
+    queue: Queue,
+    token: int,
+    item_ids: Sequence[int],
+    vectors: NDArray[np.float32],
+    faces: Mapping[int, Face] | None = None,
 ) -> None:
     """Store vectors, float32 [n, dim], and mark their extractions done, in the caller's one transaction.
 
+    `faces` are those of the vectors, by item, where there are any; without them nothing more is written.
     May be repeated after a commit whose outcome is unknown: rows that are done already are left as they are.
     Raises LeaseLost if any of the rows was taken over by another worker; then nothing is written.
     """
@@ -114,13 +121,29 @@ def write(
     order = np.argsort(np.asarray(item_ids, dtype=np.int64))
     ids = np.asarray(item_ids, dtype=np.int64)[order]
     rows = order[np.searchsorted(ids, written)]
-    columns: dict[str, NDArray[Any]] = {
-        "dataset_id": np.full(len(written), queue.scope["dataset_id"], dtype=np.int32),
-        "model_id": np.full(len(written), queue.scope["model_id"], dtype=np.int16),
-        "item_id": written,
-        "embedding": np.ascontiguousarray(vectors[rows], dtype=np.float32),
+    embeddings = np.ascontiguousarray(vectors[rows], dtype=np.float32)
+    table = f"embstore.embedding_{queue.scope['model_id']}"
+    copy_rows(connection, table, {**_keys(queue, written), "embedding": embeddings})
+    if faces:
+        _write_faces(connection, queue, written, faces)
+
+
+def _write_faces(connection: Connection, queue: Queue, written: NDArray[np.int64], faces: Mapping[int, Face]) -> None:
+    """Keep which face it is, of those items that have one."""
+    with_face = np.array([item_id for item_id in written if item_id in faces], dtype=np.int64)
+    values = np.array([faces[item_id] for item_id in with_face], dtype=np.float64).reshape(-1, len(Face._fields))
+    columns = {name: values[:, i].astype(np.float32) for i, name in enumerate(Face._fields)}
+    counts = values[:, -1].astype(np.int32)
+    copy_rows(connection, "embstore.face", {**_keys(queue, with_face), **columns, "faces": counts})
+
+
+def _keys(queue: Queue, item_ids: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+    """The key of each row, as every table below the model has it."""
+    return {
+        "dataset_id": np.full(len(item_ids), queue.scope["dataset_id"], dtype=np.int32),
+        "model_id": np.full(len(item_ids), queue.scope["model_id"], dtype=np.int16),
+        "item_id": item_ids,
     }
-    copy_rows(connection, f"embstore.embedding_{queue.scope['model_id']}", columns)
 
 
 @dataclass(frozen=True)

@@ -178,6 +178,23 @@ embedding = Table(
 )
 """Partitioned by model: `embstore.vectors` makes one partition for each, where the dimension is checked."""
 
+face = Table(
+    "face",
+    metadata,
+    Column("dataset_id", Integer, nullable=False),
+    Column("model_id", SmallInteger, nullable=False),
+    Column("item_id", BigInteger, nullable=False),
+    Column("x", REAL, nullable=False, comment="pixels of the upright picture, from its left"),
+    Column("y", REAL, nullable=False, comment="pixels of the upright picture, from its top"),
+    Column("width", REAL, nullable=False),
+    Column("height", REAL, nullable=False),
+    Column("score", REAL, nullable=False, comment="how sure the detector is"),
+    Column("faces", Integer, nullable=False, comment="how many it found; this is the largest"),
+    PrimaryKeyConstraint("dataset_id", "model_id", "item_id"),
+    comment="which face of a picture was embedded",
+)
+"""A table of its own and not columns of `extraction`: what has no face, all audio, writes nothing."""
+
 speaker_change = Table(
     "speaker_change",
     metadata,

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embstore.errors import ItemError, ItemFailed, WorkerError
-from embstore.models.base import Model, Prepared
+from embstore.models.base import Face, Model, Prepared
 
 _SYSTEMATIC = 4
 """When a batch of at least this many items fails and so does each of them alone, no item is to blame."""
@@ -34,6 +34,7 @@ class Outcome:
     key: int
     seconds: float
     result: NDArray[np.float32] | ItemError
+    face: Face | None = None
 
 
 def embed_each(model: Model, batch: Sequence[Ready], dim: int, proof: Prepared | None = None) -> Iterator[Outcome]:
@@ -99,7 +100,7 @@ def _checked(vector: NDArray[np.float32]) -> NDArray[np.float32] | ItemError:
 
 
 def _outcome(item: Ready, result: NDArray[np.float32] | ItemError) -> Outcome:
-    return Outcome(item.key, item.prepared.seconds, result)
+    return Outcome(item.key, item.prepared.seconds, result, item.prepared.face)
 
 
 class Waiting:

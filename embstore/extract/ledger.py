@@ -125,7 +125,8 @@ class Ledger:
 
     def _write(self, connection: Connection, work: Queue, done: Sequence[Outcome]) -> None:
         matrix = np.stack([o.result for o in done if not isinstance(o.result, ItemError)])
-        vectors.write(connection, work, self.claimant.token, [o.key for o in done], matrix)
+        faces = {o.key: o.face for o in done if o.face is not None}
+        vectors.write(connection, work, self.claimant.token, [o.key for o in done], matrix, faces)
         faults.reach("before_commit")
 
     def _measure(self, count: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,16 +17,31 @@ from numpy.typing import NDArray
 Media = Literal["audio", "image"]
 
 
+class Face(NamedTuple):
+    """The face of a picture that is embedded, in pixels from the upper left corner of the upright picture."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    score: float
+    """How sure the detector is, as it says so itself; mostly from 0 to 1."""
+    faces: int
+    """How many it found in the picture; this is the largest."""
+
+
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """One item, decoded and ready for the device."""
 
     array: NDArray[np.float32]
-    """The model's own input: samples, frames or windows."""
+    """The model's own input: samples, frames, windows or pixels."""
     seconds: float
     """Length of the audio that was read, in seconds, before any trimming; 0 for an image."""
     cost: int
     """Device work in a unit of the model's own (frames, windows); a batch is limited by the sum."""
+    face: Face | None = None
+    """Which face it is, for a model of faces; kept beside the vector."""
 
 
 class Model(Protocol):

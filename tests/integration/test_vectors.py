@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from helpers import Facts, ask, at_once, entry, extraction, fill, vectors_of
+from helpers import Facts, ask, at_once, entry, extraction, fill, scan, vectors_of
 from numpy.typing import NDArray
 from sqlalchemy import Connection, text
 
 from embstore import catalog, vectors
 from embstore.db.engine import Database
 from embstore.errors import DatabaseError, ModelError
+from embstore.models.base import Face
 from embstore.queue import Queue, take_lease
 from embstore.register import enqueue, register
 
@@ -57,6 +58,29 @@ def test_vectors_come_back_bit_for_bit_with_their_own_rows(database: Database, d
         "running": 1,
         "pending": 2,
     }
+
+
+FACES = "SELECT item_id, x, y, width, height, score, faces FROM embstore.face ORDER BY item_id"
+
+
+def test_faces_lie_beside_their_vectors_and_go_with_them(database: Database) -> None:
+    with database.begin() as connection:
+        queue = fill(connection, [entry(f"{i}.jpg", "ann") for i in range(6)])
+        token = take_lease(connection)
+        keys = queue.claim(connection, token, 6)
+    faces = {key: Face(key, 1.5, 20, 30.25, 0.5, 40_000 + i) for i, key in enumerate(keys) if i % 2}
+    for _ in range(2):  # as after a lost answer
+        with database.begin() as connection:
+            vectors.write(connection, queue, token, keys[:4][::-1], vectors_of(4), faces)
+    expected = [(key, float(key), 1.5, 20.0, 30.25, 0.5, 40_000 + i) for i, key in enumerate(keys) if i in (1, 3)]
+    assert ask(database, FACES) == expected
+    shown = ask(database, "SELECT dataset, model, path, speaker, faces FROM embstore.faces ORDER BY position")
+    assert shown == [("calls", "small", "1.jpg", "ann", 40_001), ("calls", "small", "3.jpg", "ann", 40_003)]
+    scan(database, [entry(f"{i}.jpg", "ann", mtime_ns=1 + (i == 1)) for i in range(6)])
+    assert ask(database, FACES) == expected[1:]
+    with database.begin() as connection:
+        connection.exec_driver_sql("DELETE FROM embstore.dataset")
+    assert ask(database, FACES) == []
 
 
 def test_a_matrix_in_any_memory_layout_is_stored_the_same(database: Database) -> None:
