@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from embstore import catalog, recipes
+from embstore import catalog
 from embstore.catalog import Dataset
 from embstore.db.engine import Database
 from embstore.db.migrate import require_ready
@@ -19,21 +19,21 @@ from embstore.errors import UsageError
 from embstore.extract import devices, run, tuning
 from embstore.extract.devices import Plan
 from embstore.extract.speed import speed
-from embstore.media.audio import EXTENSIONS
+from embstore.media import extensions
 from embstore.models.base import Recipe
-from embstore.models.named import Named
 from embstore.progress import Display
 from embstore.register import Registered
 from embstore.settings import Settings, load
 from embstore.sources import SPEAKER_FROM_CHOICES, Source, open_source
 from embstore.supervise import Outcome, check_connections
 
+from . import ask
 from .model_options import model_options
 from .options import database_options, opened
 from .outcome import exit_code, log_option, tell, watch
 from .output import write_json
+from .wanted import DEFAULT_MODELS, UNITS, Wanted
 
-DEFAULT_MODEL = "resemblyzer"
 _PROBLEMS_SHOWN = 10
 
 Work = tuple[Recipe, list[Dataset]]
@@ -42,7 +42,17 @@ Work = tuple[Recipe, list[Dataset]]
 @click.command()
 @click.argument("path", required=False, type=click.Path(path_type=Path))
 @click.option("--dataset", metavar="NAME", help="Name of the dataset.  [default: the folder's or manifest's name]")
-@click.option("--model", metavar="NAME", help=f"Embedding model.  [env: EMBEDDING_MODEL; default: {DEFAULT_MODEL}]")
+@click.option(
+    "--media",
+    type=click.Choice(tuple(DEFAULT_MODELS)),
+    help="What is embedded.  [default: what the model embeds, or audio]",
+)
+@click.option(
+    "--model",
+    metavar="NAME",
+    help="Embedding model.  [env: EMBEDDING_MODEL; default: "
+    f"{DEFAULT_MODELS['audio']}, for images {DEFAULT_MODELS['image']}]",
+)
 @model_options
 @click.option(
     "--workers",
@@ -61,7 +71,7 @@ Work = tuple[Recipe, list[Dataset]]
     "--speaker-from",
     metavar="RULE",
     default="parent",
-    help=f"Where the speaker's name comes from: {', '.join(SPEAKER_FROM_CHOICES)}.  [default: parent]",
+    help=f"Where the speaker's name comes from: {SPEAKER_FROM_CHOICES}.  [default: parent]",
 )
 @click.option(
     "--root",
@@ -69,6 +79,12 @@ Work = tuple[Recipe, list[Dataset]]
     type=click.Path(path_type=Path),
     help="Folder that holds the files of a manifest.  [default: the manifest's]",
 )
+@click.option(
+    "--auto-embed",
+    is_flag=True,
+    help="Embed all that is pending: by the model, if one is named or set, in every dataset of its media.",
+)
+@click.option("--interactive", is_flag=True, help="Ask for the folder, the model and the workers.")
 @click.option("--dry-run", is_flag=True, help="Show what would be done, and do nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 @log_option
@@ -78,6 +94,7 @@ def extract(
     context: click.Context,
     path: Path | None,
     dataset: str | None,
+    media: str | None,
     model: str | None,
     options: dict[str, str],
     workers: int | None,
@@ -85,12 +102,14 @@ def extract(
     tune: tuple[str, ...],
     speaker_from: str,
     root: Path | None,
+    auto_embed: bool,
+    interactive: bool,
     dry_run: bool,
     as_json: bool,
     database_url: str | None,
     home: Path | None,
 ) -> None:
-    """Register audio and embed it; stop and go on at any time.
+    """Register audio or images and embed them; stop and go on at any time.
 
     PATH is a folder, a manifest (.csv, .tsv, .jsonl) or a Kaldi data folder. Only what is new or has changed is done.
     Without PATH it goes on with whatever is pending.
@@ -99,30 +118,39 @@ def extract(
       embstore extract /data/audio --workers 4
       embstore extract train.csv --dataset train --gpus 0,1
       embstore extract /data/audio --model wespeaker --model-dir voxceleb_resnet34
+      embstore extract /data/photos --media image --model statistical
+      embstore extract --interactive
       embstore extract
     """
     settings = load(database_url=database_url, home=home, embedding_workers=workers, embedding_model=model)
+    wanted = Wanted(settings.embedding_model, media, options)
+    if interactive:
+        path, wanted, settings = ask.questions(path, wanted, settings, gpus)
     plan = devices.plan(settings.embedding_workers, gpus, tuning.parse(tune))
     check_connections(settings, len(plan.devices))
-    source = None
-    if path is not None:
-        source = open_source(path, extensions=EXTENSIONS, speaker_from=speaker_from, root=root)
     say = _Speaker(as_json)
+    source_of = None
+    if path is not None:
+        source_of = partial(open_source, path, speaker_from=speaker_from, root=root)
+        source_of(extensions=extensions.ANY)  # what is wrong with it is said before the database is asked
     with opened(settings) as database:
         require_ready(database)
-        recipe = _find(database, settings.embedding_model or DEFAULT_MODEL, options)
-        works: list[Work]
-        if source is not None:
-            _check_model(database, recipe)
-            found, registered = run.register_source(
-                database, source, name=dataset or source.name, media=recipe.media, dry_run=dry_run
-            )
-            say.registered(found, registered, source)
-            works = [(recipe, [found])]
+        if source_of is not None:
+            register = partial(_register, database, source_of, dataset, wanted, say)
+            works = register(dry_run=dry_run or interactive)
+            if interactive and not dry_run:
+                say.plan(works, plan)
+                if not click.confirm("Start?", default=True):
+                    say.line("nothing was done")
+                    return
+                works = register(dry_run=False, quiet=True)
+        elif auto_embed and dataset is None and wanted.name is not None:
+            works = _every_dataset(database, wanted)
         else:
-            works = _open_works(database, dataset, model, recipe)
+            works = _open_works(database, dataset, wanted, named=model is not None)
         if dry_run:
-            say.plan(works, plan, new=source is not None)
+            say.plan(works, plan)
+            say.line("dry run: nothing was registered" if source_of is not None else "dry run: nothing was done")
             if as_json:
                 write_json(
                     [{"model": used.name, "datasets": [d.name for d in them]} for used, them in works], sys.stdout
@@ -145,34 +173,61 @@ def _as_json(recipe: Recipe, outcome: Outcome, plan: Plan) -> dict[str, Any]:
     return {"model": recipe.name, **outcome.as_dict(), "speed": found and found.as_dict()}
 
 
-def _find(database: Database, name: str, options: dict[str, str]) -> Named:
-    """The model of a name that the database keeps, or of an installed family. Raises ModelError, UsageError."""
-    with database.begin() as connection:
-        return recipes.find(connection, name, options)
-
-
-def _check_model(database: Database, recipe: Recipe) -> None:
-    """Refuse a model before anything is registered for it. Raises ModelError."""
+def _register(
+    database: Database,
+    source_of: Callable[..., Source],
+    name: str | None,
+    wanted: Wanted,
+    say: _Speaker,
+    *,
+    dry_run: bool,
+    quiet: bool = False,
+) -> list[Work]:
+    """Register what PATH holds for a model, unless that is refused. Raises ModelError and UsageError."""
+    recipe = wanted.find(database)
     with database.begin() as connection:
         catalog.stored_model(connection, recipe.name, recipe.fingerprint())
+    source = source_of(extensions=extensions.BY_MEDIA[recipe.media])
+    try:
+        dataset, found = run.register_source(
+            database, source, name=name or source.name, media=recipe.media, dry_run=dry_run
+        )
+    except UsageError as error:
+        other = "image" if recipe.media == "audio" else "audio"
+        if source.ignored.keys() & extensions.BY_MEDIA[other]:
+            raise UsageError(f"{error}; for {UNITS[other]}, type --media {other}") from None
+        raise
+    if not quiet:
+        say.registered(dataset, found, source)
+    return [(recipe, [dataset])]
 
 
-def _open_works(database: Database, name: str | None, model: str | None, recipe: Recipe) -> list[Work]:
-    """What is pending, model by model; a dataset and a model named together are begun if need be."""
+def _every_dataset(database: Database, wanted: Wanted) -> list[Work]:
+    """All datasets that a model can embed, whether it was asked to before or not."""
+    recipe = wanted.find(database)
+    with database.begin() as connection:
+        datasets = catalog.datasets(connection, recipe.media)
+    return [(recipe, datasets)] if datasets else []
+
+
+def _open_works(database: Database, name: str | None, wanted: Wanted, *, named: bool) -> list[Work]:
+    """What is pending, model by model; a dataset and a model `named` together are begun if need be."""
     with database.begin() as connection:
         chosen = catalog.get_dataset(connection, name) if name is not None else None
-        if chosen is not None and model is not None:
-            if chosen.media != recipe.media:
-                raise UsageError(f"model '{model}' embeds {recipe.media}, dataset '{name}' holds {chosen.media}")
-            return [(recipe, [chosen])]
-        work = [
-            w
-            for w in catalog.open_work(connection)
-            if (chosen is None or w.dataset == chosen) and (model is None or w.model == recipe.name)
-        ]
+        work = catalog.open_work(connection)
+    recipe = wanted.find(database, chosen.media if chosen is not None and named else None)
+    if chosen is not None and named:
+        return [(recipe, [chosen])]
+    work = [
+        w
+        for w in work
+        if (chosen is None or w.dataset == chosen)
+        and (not named or w.model == recipe.name)
+        and wanted.media in (None, w.dataset.media)
+    ]
     return [
-        (recipe if model_name == recipe.name else _find(database, model_name, {}), [w.dataset for w in same])
-        for model_name, same in groupby(work, key=lambda w: w.model)
+        (recipe if model == recipe.name else Wanted(model, None, {}).find(database), [w.dataset for w in same])
+        for model, same in groupby(work, key=lambda w: w.model)
     ]
 
 
@@ -213,7 +268,8 @@ class _Speaker:
         self.line(f"dataset '{dataset.name}': {found.found:,} items in {dataset.root} ({', '.join(news)})")
         if source.ignored:
             kinds = ", ".join(f"{suffix or 'no extension'} {n:,}" for suffix, n in source.ignored.most_common(5))
-            self.line(f"  {source.ignored.total():,} other files are no audio by their names ({kinds})")
+            what = {"audio": "no audio", "image": "no images"}[dataset.media]
+            self.line(f"  {source.ignored.total():,} other files are {what} by their names ({kinds})")
         for problem in source.problems[:_PROBLEMS_SHOWN]:
             self.line(f"  not registered: {problem}")
         if len(source.problems) > _PROBLEMS_SHOWN:
@@ -223,20 +279,19 @@ class _Speaker:
         if found.vanished:
             self.line(f"  {found.vanished:,} items vanished since the last scan; what is known of them is kept")
 
-    def plan(self, works: Sequence[Work], plan: Plan, *, new: bool) -> None:
+    def plan(self, works: Sequence[Work], plan: Plan) -> None:
         for recipe, datasets in works:
             names = ", ".join(f"'{d.name}'" for d in datasets)
             self.line(f"would embed what is pending of {names} by {recipe.name} on {_devices(plan)}")
         if not works:
             self.line("nothing is pending")
-        self.line("dry run: nothing was registered" if new else "dry run: nothing was done")
 
     def start(self, recipe: Recipe, plan: Plan, pending: int) -> Display:
         self.line(f"embedding {pending:,} items by {recipe.name} on {_devices(plan)}")
         return watch(pending)
 
     def outcome(self, recipe: Recipe, outcome: Outcome, plan: Plan) -> None:
-        tell(self.line, outcome, model=recipe.name, command="extract", unit="utterances", done="embedded")
+        tell(self.line, outcome, model=recipe.name, command="extract", unit=UNITS[recipe.media], done="embedded")
         if found := speed(outcome, plan, recipe):
             for line in found.lines():
                 self.line(line)

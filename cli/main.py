@@ -45,7 +45,7 @@ class Entry(NamedTuple):
 
 
 COMMANDS = {
-    "extract": Entry("extract", "extract", "Register audio and embed it; stop and go on at any time."),
+    "extract": Entry("extract", "extract", "Register audio or images and embed them; stop and go on at any time."),
     "centroids": Entry("centroids", "command", "Average each speaker's vectors into one; stop and go on at any time."),
     "boundaries": Entry(
         "boundaries", "boundaries", "Find where the speaker changes in a set that is ordered by speaker."
@@ -185,7 +185,7 @@ def _reader_is_gone() -> bool:
 )
 @click.version_option(package_name="embstore", message="%(prog)s %(version)s")
 def embstore() -> None:
-    """Embeddings of large speech corpora in PostgreSQL with pgvector: resumable, queried in SQL.
+    """Embeddings of large speech and face corpora in PostgreSQL with pgvector: resumable, queried in SQL.
 
     \b
       embstore extract /data/audio --workers 4    # Ctrl+C whenever you like; run it again to go on

@@ -66,6 +66,15 @@ def get_dataset(connection: Connection, name: str) -> Dataset:
     return Dataset(*row)
 
 
+def datasets(connection: Connection, media: str) -> list[Dataset]:
+    """All datasets of one kind of media, in the order in which they were made."""
+    rows = connection.execute(
+        text("SELECT dataset_id, name, media, root FROM embstore.dataset WHERE media = :media ORDER BY dataset_id"),
+        {"media": media},
+    )
+    return [Dataset(*row) for row in rows]
+
+
 def ensure_dataset(connection: Connection, name: str, media: str, root: str) -> Dataset:
     """Find or make a dataset, and lock it until the transaction ends: two runs must not register into it at once.
 
@@ -88,7 +97,10 @@ def ensure_dataset(connection: Connection, name: str, media: str, root: str) -> 
             f"dataset '{name}' holds the files of '{dataset.root}', not of '{root}': give --dataset another name"
         )
     if dataset.media != media:
-        raise UsageError(f"dataset '{name}' holds {dataset.media} items, not {media}: give --dataset another name")
+        raise UsageError(
+            f"dataset '{name}' holds {dataset.media}, not {media}: type --media {dataset.media},"
+            " or give --dataset another name"
+        )
     return dataset
 
 

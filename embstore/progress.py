@@ -238,6 +238,8 @@ def summary(tally: Tally, seconds: float, *, unit: str = "utterances", done: str
         speed = f"  {tally.processed / seconds:,.1f} {unit} a second"
         if tally.audio_seconds:
             speed += f", {tally.audio_seconds / seconds:,.1f} hours of audio an hour"
+        if unit == "images":
+            speed += f", {seconds / tally.processed:.3g} s an image"
         lines.append(speed)
     return "\n".join(lines)
 

@@ -57,12 +57,18 @@ class Shown:
     views: list[str]
 
 
-def find(connection: Connection, name: str, options: Mapping[str, str]) -> Named:
+def find(connection: Connection, name: str, options: Mapping[str, str], media: str | None = None) -> Named:
     """What `name` stands for: a model that the database keeps, or a family that is installed, `family:variant` too.
 
-    `options` go before those that are kept. Whether the weights are the same is left to `catalog.stored_model`.
-    Raises ModelError and UsageError.
+    `options` go before those that are kept; `media` is what it has to embed, if not None. Whether the weights are the
+    same is left to `catalog.stored_model`. Raises ModelError and UsageError.
     """
+    found = _find(connection, registry.name_for(name, media), options)
+    registry.check_media(found, media)
+    return found
+
+
+def _find(connection: Connection, name: str, options: Mapping[str, str]) -> Named:
     kept = connection.execute(text(_KEPT), {"name": name}).one_or_none()
     if kept is None:
         return _installed(connection, name, options)

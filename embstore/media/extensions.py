@@ -19,4 +19,5 @@ IMAGE = frozenset(
     | {".heic", ".heif", ".hif", ".avif"}
 )
 
+ANY = AUDIO | IMAGE
 BY_MEDIA: Mapping[str, frozenset[str]] = {"audio": AUDIO, "image": IMAGE}

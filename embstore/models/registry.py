@@ -27,12 +27,31 @@ def available() -> dict[str, EntryPoint]:
     return found
 
 
-def find(name: str, options: Mapping[str, str]) -> Recipe:
+def find(name: str, options: Mapping[str, str], media: str | None = None) -> Recipe:
     """The recipe of the model `family` or `family:variant`, where the variant is an option too.
 
-    Raises ModelError if there is none or its package is broken, UsageError for options it does not know.
+    `media` is what it has to embed, if not None: see `name_for`. Raises ModelError if there is none or its package is
+    broken, UsageError for options it does not know and for a model of other media.
     """
-    return build(*resolve(name, options))
+    recipe = build(*resolve(name_for(name, media), options))
+    check_media(recipe, media)
+    return recipe
+
+
+def name_for(name: str, media: str | None) -> str:
+    """The name of the model that people call `name` when they speak of media.
+
+    A name stands for one set of weights and settings, and so for one kind of media. Where two models would be called
+    alike, the second is offered as `family-media`: `statistical`, asked for with `image`, is `statistical-image`.
+    """
+    family, colon, variant = name.partition(":")
+    return f"{family}-{media}{colon}{variant}" if f"{family}-{media}" in available() else name
+
+
+def check_media(recipe: Recipe, media: str | None) -> None:
+    """Raise UsageError if a model embeds something else than `media`, if that is not None."""
+    if media not in (None, recipe.media):
+        raise UsageError(f"model '{recipe.name}' embeds {recipe.media}, not {media}: name another one with --model")
 
 
 def resolve(name: str, options: Mapping[str, str]) -> tuple[str, dict[str, str]]:

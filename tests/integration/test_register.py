@@ -251,7 +251,7 @@ def test_a_dry_run_counts_and_leaves_nothing(database: Database, tmp_path: Path)
 def test_a_name_stands_for_one_root_and_one_kind_of_media(database: Database) -> None:
     scan(database, [entry("a.wav")])
     for media, root, words in (("audio", "/data/other", "'/data/calls', not of '/data/other'"),
-                               ("image", "/data/calls", "audio items, not image")):  # fmt: skip
+                               ("image", "/data/calls", "audio, not image")):  # fmt: skip
         with pytest.raises(UsageError, match=f"'calls' holds .*{words}.*--dataset"), database.begin() as connection:
             catalog.ensure_dataset(connection, "calls", media, root)
     assert ask(database, "SELECT name, media, root FROM embstore.dataset") == [("calls", "audio", "/data/calls")]

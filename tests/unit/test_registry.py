@@ -88,6 +88,17 @@ def test_what_follows_the_colon_is_the_variant(site: Path) -> None:
         registry.find("loudness:a", {"variant": "b"})
 
 
+def test_one_name_for_two_media_stands_for_two_models() -> None:
+    assert registry.find("statistical", {}).name == "statistical"
+    assert registry.find("statistical", {}, "audio").name == "statistical"
+    assert registry.find("statistical", {}, "image").name == "statistical-image"
+    assert registry.find("statistical-image", {}).media == "image"
+    with pytest.raises(UsageError, match="model 'statistical-image' embeds image, not audio: name another one"):
+        registry.find("statistical-image", {}, "audio")
+    with pytest.raises(UsageError, match="model 'resemblyzer' embeds audio, not image"):
+        registry.find("resemblyzer", {}, "image")
+
+
 def test_options_that_the_model_refuses(site: Path) -> None:
     install(site, "loud_models", {"loudness": "loud_models:recipe"})
     with pytest.raises(UsageError, match="has options variant and size"):
