@@ -52,6 +52,10 @@ class Command:
                 self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, **options)
         self.pid = self.process.pid
 
+    def type(self, keys: str) -> None:
+        """As somebody does at its terminal; a new line is the return key."""
+        self._terminal.type(keys)
+
     def close_terminal(self) -> None:
         """As somebody does who closes the window."""
         self._terminal.close()
@@ -125,6 +129,9 @@ class _Terminal:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         return process
+
+    def type(self, keys: str) -> None:
+        os.write(self._ours, keys.encode())
 
     def close(self) -> None:
         self._open = False

@@ -2,8 +2,8 @@
 
 Columns (or keys) and the other names that they go by, in upper or lower case:
 
-    path       audio_filepath, audio_path, audio, wav, file, filename     required
-    speaker    speaker_id, spk
+    path       audio_filepath, audio_path, audio, wav, image_path, image, file, filename     required
+    speaker    speaker_id, spk, person, identity
     start      offset                  seconds into the file; empty: from its beginning
     duration   duration_s, dur         seconds; empty: to its end
 
@@ -28,8 +28,8 @@ from embstore.sources.speaker import SpeakerRule
 ENDINGS = (".csv", ".tsv", ".jsonl", ".ndjson")
 
 ALIASES = {
-    "path": ("path", "audio_filepath", "audio_path", "audio", "wav", "file", "filename"),
-    "speaker": ("speaker", "speaker_id", "spk"),
+    "path": ("path", "audio_filepath", "audio_path", "audio", "wav", "image_path", "image", "file", "filename"),
+    "speaker": ("speaker", "speaker_id", "spk", "person", "identity"),
     "start": ("start", "offset"),
     "duration": ("duration", "duration_s", "dur"),
 }

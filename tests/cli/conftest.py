@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from commands import Command, Start, Watcher, install_probe
 from sqlalchemy import Connection
 
 from embstore import catalog, vectors
@@ -56,6 +58,36 @@ def cli_at() -> Callable[[str | None], Cli]:
 def cli(database_url: str, cli_at: Callable[[str | None], Cli]) -> Cli:
     """Type a command, as on a shell, at the test's own database."""
     return cli_at(database_url)
+
+
+@pytest.fixture
+def watcher(database_url: str) -> Watcher:
+    """A look into the test's own database."""
+    return Watcher(database_url)
+
+
+@pytest.fixture
+def probe(tmp_path: Path) -> Path:
+    """The folder of an installed package that offers the model `probe`."""
+    return install_probe(tmp_path / "site")
+
+
+@pytest.fixture
+def start(database_url: str, tmp_path: Path, probe: Path) -> Iterator[Start]:
+    """Start `embstore WORDS` at the test's own database; keywords are environment, but for `terminal`."""
+    started: list[Command] = []
+
+    def start(*words: str, terminal: bool = False, **env: object) -> Command:
+        given = {"DATABASE_URL": database_url, "PYTHONPATH": probe, **env}
+        env = {name: str(value) for name, value in given.items()}
+        started.append(Command(words, tmp_path, env, terminal=terminal))
+        return started[-1]
+
+    yield start
+    for command in started:
+        if command.members():
+            command.kill_group()
+        command.process.wait()
 
 
 @pytest.fixture

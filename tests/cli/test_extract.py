@@ -16,40 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import Command, Start, Watcher, install_probe, write_tone, write_tones
+from commands import Command, Start, Watcher, write_tone, write_tones
 
 from embstore.db import embedded
 
 TABLES = ("dataset", "item", "model", "extraction", "run", "lease")
-
-
-@pytest.fixture
-def watcher(database_url: str) -> Watcher:
-    """A look into the test's own database."""
-    return Watcher(database_url)
-
-
-@pytest.fixture
-def probe(tmp_path: Path) -> Path:
-    """The folder of an installed package that offers the model `probe`."""
-    return install_probe(tmp_path / "site")
-
-
-@pytest.fixture
-def start(database_url: str, tmp_path: Path, probe: Path) -> Iterator[Start]:
-    """Start `embstore WORDS` at the test's own database; keywords are environment."""
-    started: list[Command] = []
-
-    def start(*words: str, **env: object) -> Command:
-        given = {"DATABASE_URL": database_url, "PYTHONPATH": probe, **env}
-        started.append(Command(words, tmp_path, {name: str(value) for name, value in given.items()}))
-        return started[-1]
-
-    yield start
-    for command in started:
-        if command.members():
-            command.kill_group()
-        command.process.wait()
 
 
 @pytest.fixture
