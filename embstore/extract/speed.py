@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from embstore.extract.devices import Plan, count_cores
-from embstore.models.base import Recipe
+from embstore.models.base import Media, Recipe
 from embstore.models.named import Named
 from embstore.supervise import Outcome
 from embstore.waits import CAUSES, Cause, Waits
@@ -35,6 +35,7 @@ class WorkerSpeed:
     device: str
     waits: Waits
     audio_hours_per_hour: float
+    items_per_second: float
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: shares from 0 to 1."""
@@ -42,6 +43,7 @@ class WorkerSpeed:
             "device": self.device,
             "waited": {cause: round(self.waits.share(cause), 4) for cause in CAUSES},
             "audio_hours_per_hour": round(self.audio_hours_per_hour, 2),
+            "items_per_second": round(self.items_per_second, 3),
         }
 
 
@@ -51,29 +53,37 @@ class Speed:
 
     workers: tuple[WorkerSpeed, ...]
     audio_hours_per_device_hour: float
+    items_per_device_second: float
     bottleneck: Cause
     advice: str
+    media: Media = "audio"
 
     def lines(self) -> list[str]:
         """For a person."""
         lines = [
             f"  worker {number} on {worker.device} waited {_percent(worker.waits, 'decoding')} for decoding,"
             f" {_percent(worker.waits, 'device')} for the device, {_percent(worker.waits, 'database')} for the"
-            f" database; {worker.audio_hours_per_hour:,.1f} hours of audio an hour"
+            f" database; {self._rate(worker.audio_hours_per_hour, worker.items_per_second, '')}"
             for number, worker in enumerate(self.workers)
         ]
         what = "decoding" if self.bottleneck == "decoding" else f"the {self.bottleneck}"
         return [
             *lines,
-            f"  {self.audio_hours_per_device_hour:,.1f} hours of audio a device-hour; the bottleneck is {what}:"
-            f" {self.advice}",
+            f"  {self._rate(self.audio_hours_per_device_hour, self.items_per_device_second, 'device-')}; the bottleneck"
+            f" is {what}: {self.advice}",
         ]
+
+    def _rate(self, audio_hours: float, items: float, each: str) -> str:
+        if self.media == "image":
+            return f"{items:,.1f} images a {each}second"
+        return f"{audio_hours:,.1f} hours of audio {f'a {each}' if each else 'an '}hour"
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {
             "workers": [worker.as_dict() for worker in self.workers],
             "audio_hours_per_device_hour": round(self.audio_hours_per_device_hour, 2),
+            "items_per_device_second": round(self.items_per_device_second, 3),
             "bottleneck": self.bottleneck,
             "advice": self.advice,
         }
@@ -86,18 +96,26 @@ def speed(outcome: Outcome, plan: Plan, recipe: Recipe) -> Speed | None:
         total.add(waits)
     if total.seconds < _SHORTEST:
         return None
-    workers, devices = [], defaultdict[str, float](float)
+    workers, hours, items = [], defaultdict[str, float](float), defaultdict[str, float](float)
     for device, waits, tally in zip(plan.devices, outcome.waits, outcome.workers, strict=False):
         alive = waits.seconds + waits.idle
-        rate = tally.audio_seconds / alive if alive else 0.0
-        workers.append(WorkerSpeed(device, waits, rate))
-        devices[device] += rate
+        found = WorkerSpeed(
+            device,
+            waits,
+            tally.audio_seconds / alive if alive else 0.0,
+            tally.processed / alive if alive else 0.0,
+        )
+        workers.append(found)
+        hours[device] += found.audio_hours_per_hour
+        items[device] += found.items_per_second
     cores_busy = outcome.processor_seconds / (outcome.seconds * count_cores()) if outcome.seconds else 0.0
     return Speed(
         tuple(workers),
-        sum(devices.values()) / len(devices),
+        sum(hours.values()) / len(hours),
+        sum(items.values()) / len(items),
         total.bottleneck,
         advice(total.bottleneck, plan, recipe, cores_busy),
+        recipe.media,
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from helpers import SMALL
+from helpers import SMALL, Facts
 
 from embstore.cli.extract import extract
 from embstore.errors import UsageError
@@ -50,6 +50,15 @@ def test_shares_add_up_and_hours_are_by_device() -> None:
         "  worker 0 on cuda:0 waited 10% for decoding, 80% for the device, 10% for the database;"
         " 360.0 hours of audio an hour"
     )
+
+
+def test_images_have_no_hours() -> None:
+    waits = Waits(decoding=8, device=2), Waits(decoding=5, idle=5)
+    found = speed(outcome(*waits, audio=0), plan(["cuda:0", "cuda:1"]), Facts(media="image"))
+    assert found is not None
+    assert found.lines()[0].endswith(" 0% for the database; 1.0 images a second")
+    assert found.lines()[-1].startswith("  1.0 images a device-second; the bottleneck is decoding: ")
+    assert found.as_dict()["items_per_device_second"] == 1.0
 
 
 def test_of_a_moment_nothing_can_be_said() -> None:
