@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from helpers import Facts, ask, entry, fill
 from numpy.typing import NDArray
-from sqlalchemy import text
+from sqlalchemy import Connection, text
 
 from embstore import lookup, vectors
 from embstore.db.engine import Database
@@ -85,6 +85,17 @@ FILTERS: dict[str, tuple[dict[str, str], NDArray[np.bool_]]] = {
     "nothing": ({"dataset": "calls", "where": "speaker = 'nobody'"}, PLACES < 0),
     "both": ({"dataset": "calls", "speaker": "s4", "where": "duration < 50"}, (PLACES % 20 == 4) & (PLACES % 100 < 50)),
 }
+
+
+def centroids(connection: Connection, speakers: int) -> None:
+    """Make centroids of `s1` and so on, as if of one utterance, of two, ..."""
+    connection.exec_driver_sql(
+        "WITH made AS (INSERT INTO embstore.centroid (dataset_id, model_id, speaker, status, average, num_utterances)"
+        f" SELECT 1, 1, 's' || n, 'done', 'mean', n FROM generate_series(1, {speakers}) n"
+        " RETURNING centroid_id, num_utterances)"
+        " INSERT INTO embstore.centroid_vector SELECT 1, 1, centroid_id, e.embedding"
+        " FROM made JOIN embstore.embedding_1 e ON e.item_id = num_utterances"
+    )
 
 
 def cosines(results: Results) -> list[float]:
@@ -225,10 +236,7 @@ def test_conditions_that_are_meant_to_harm_are_refused(store: Store, of: Any) ->
     before = ask(store.database, "SELECT count(*), max(item_id) FROM embstore.item")
     with store.database.begin() as connection:
         last = connection.exec_driver_sql("SELECT last_value FROM embstore.item_item_id_seq").scalar()
-        connection.exec_driver_sql(
-            "INSERT INTO embstore.centroid (dataset_id, model_id, speaker, status, average, embedding, num_utterances)"
-            " SELECT 1, 1, 's1', 'done', 'mean', embedding, 1 FROM embstore.embedding_1 LIMIT 1"
-        )
+        centroids(connection, 1)
     for condition in HARMFUL:
         with pytest.raises(UsageError, match=r"^--where: ") as refused:
             search(store.database, QUERY, where=condition, of=of)
@@ -284,11 +292,7 @@ def test_a_speaker_is_the_mean_of_its_utterances_or_its_centroid(store: Store, h
     assert results.asked.vector == pytest.approx(mine.mean(axis=0), abs=1e-6)
     with store.database.begin() as connection:
         connection.exec_driver_sql("DELETE FROM embstore.speaker_change")
-        connection.exec_driver_sql(
-            "INSERT INTO embstore.centroid (dataset_id, model_id, speaker, status, average, embedding, num_utterances)"
-            " SELECT 1, 1, 's' || n, 'done', 'unit', embedding, n FROM embstore.embedding_1, generate_series(1, 5) n"
-            " WHERE item_id = n"
-        )
+        centroids(connection, 5)
     assert search(store.database, "s3", dataset="calls").asked.utterances == 3
     near = search(store.database, "s3", of="speakers", k=3, query_dataset="calls")
     assert (len(near), near.exact) == (3, True)
