@@ -31,5 +31,12 @@ def test_a_benchmark_prints_its_ratio(name: str) -> None:
     assert "(target: " in run(name)
 
 
+def test_the_scale_benchmark_prints_exponents() -> None:
+    words = [sys.executable, BENCHMARKS / "scale.py", "--sizes", "1000", "2000"]
+    result = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "exponents: register " in result.stdout
+
+
 def test_the_extraction_benchmark_prints_its_ratio(test_data: Path) -> None:
     assert "end-to-end speed" in run("extract", "--data", str(test_data / "speech"))
