@@ -38,7 +38,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import JSONB
 
 SCHEMA = "embstore"
-HEAD = "0007"
+HEAD = "0008"
 """The newest migration. Revisions are numbered, so that older and newer can be told apart without loading Alembic."""
 
 MINIMUM_SERVER = 16
