@@ -17,7 +17,8 @@ help: ## show this list
 
 venv: $(INSTALLED) ## create .venv and install embstore and its tools into it
 
-# pip older than 25.1 does not know --group. Resemblyzer is there for its weights alone.
+# pip older than 25.1 does not know --group. Resemblyzer is there for its weights alone, facenet-pytorch for its networks,
+# insightface for the tests: what they depend on is not needed, or would put old versions in the place of ours.
 $(INSTALLED): pyproject.toml constraints.txt
 	@if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
 		suits='import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))'; \
@@ -36,7 +37,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "Installing embstore and its dependencies into .venv (PyTorch is among them: this takes minutes)"
 	@$(BIN)/python -m pip install -qq -c constraints.txt "pip>=25.1"
 	@$(BIN)/python -m pip install -qq -c constraints.txt --group dev -e .
-	@$(BIN)/python -m pip install -qq -c constraints.txt --no-deps resemblyzer
+	@$(BIN)/python -m pip install -qq -c constraints.txt --no-deps resemblyzer facenet-pytorch insightface
 	@touch $(INSTALLED)
 
 demo: $(INSTALLED) ## embed the sample speech and ask the database who sounds like whom
