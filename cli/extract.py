@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from embstore import catalog
+from embstore import catalog, indexes
 from embstore.catalog import Dataset
 from embstore.db.engine import Database
 from embstore.db.migrate import require_ready
@@ -21,7 +21,7 @@ from embstore.extract.devices import Plan
 from embstore.extract.speed import speed
 from embstore.media import extensions
 from embstore.models.base import Recipe
-from embstore.progress import Display
+from embstore.progress import Display, duration
 from embstore.register import Registered
 from embstore.settings import Settings, load
 from embstore.sources import SPEAKER_FROM_CHOICES, Source, open_source
@@ -244,7 +244,7 @@ def _extract_all(
             recipe,
             datasets,
             plan,
-            show=partial(say.start, recipe, plan),
+            show=partial(_start, database, recipe, plan, say),
             parameters=parameters,
         )
         say.outcome(recipe, outcome, plan)
@@ -252,6 +252,19 @@ def _extract_all(
         if outcome.interrupted:
             break
     return outcomes
+
+
+def _start(database: Database, recipe: Recipe, plan: Plan, say: _Speaker, pending: int) -> Display:
+    with database.begin() as connection:
+        costs = indexes.loading(connection, catalog.get_model(connection, recipe.name).model_id, pending)
+    if costs is not None:
+        say.line(
+            f"there is an index on these vectors: writing {pending:,} more under it takes the server about"
+            f" {duration(costs.under)}, building it anew afterwards about {duration(costs.after)}; to do that, press"
+            f" Ctrl+C and type 'embstore index drop --model {recipe.name}', extract, and 'embstore index build"
+            f" --model {recipe.name}'"
+        )
+    return say.start(recipe, plan, pending)
 
 
 class _Speaker:

@@ -51,6 +51,7 @@ COMMANDS = {
         "boundaries", "boundaries", "Find where the speaker changes in a set that is ordered by speaker."
     ),
     "search": Entry("search", "search", "Find the utterances, or the speakers, that are most like one."),
+    "index": Entry("index", "index", "Build, drop and check the index that makes searches fast."),
     "export": Entry("export", "export", "Write what is in the database to files."),
     "status": Entry("query", "status", "Show how far each dataset is, by model."),
     "failures": Entry("query", "failures", "List the items without an embedding, and why."),

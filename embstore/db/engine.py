@@ -80,6 +80,15 @@ class Database:
         except (DBAPIError, psycopg2.Error) as error:
             raise self._translate(error) from error
 
+    @contextmanager
+    def autocommit(self) -> Iterator[Connection]:
+        """A connection on which every statement is a transaction of its own, for what cannot be run within one."""
+        try:
+            with self._get_engine().connect() as connection:
+                yield connection.execution_options(isolation_level="AUTOCOMMIT")
+        except (DBAPIError, psycopg2.Error) as error:
+            raise self._translate(error) from error
+
     def patiently(self, work: Callable[[Connection], T], *, patience: float | None = None) -> T:
         """Run `work` in a transaction; if the server goes away, wait for it and run `work` again.
 
