@@ -106,3 +106,28 @@ def write_pack(folder: Path) -> Path:
     write_detector(folder / "det_10g.onnx")
     write_recogniser(folder / "w600k_r50.onnx")
     return folder
+
+
+def write_network(file: Path, *, side: int = 160, dim: int = 512) -> Path:
+    """A network as deepface exports its own: pixels [n, side, side, 3] to a vector that is not normalised."""
+    from onnx import TensorProto, helper, numpy_helper, save
+
+    dice = np.random.default_rng(9)
+    weights = [
+        numpy_helper.from_array(dice.normal(0, 0.1, (12, 3, 8, 8)).astype(np.float32), "w"),
+        numpy_helper.from_array(dice.normal(0, 1, (12, dim)).astype(np.float32), "m"),
+    ]
+    nodes = [
+        helper.make_node("Transpose", ["input"], ["t"], perm=[0, 3, 1, 2]),
+        helper.make_node("Conv", ["t", "w"], ["c"], strides=[8, 8]),
+        helper.make_node("Tanh", ["c"], ["h"]),
+        helper.make_node("GlobalAveragePool", ["h"], ["p"]),
+        helper.make_node("Flatten", ["p"], ["f"]),
+        helper.make_node("MatMul", ["f", "m"], ["out"]),
+    ]
+    taken = helper.make_tensor_value_info("input", TensorProto.FLOAT, ["n", side, side, 3])
+    given = helper.make_tensor_value_info("out", TensorProto.FLOAT, ["n", dim])
+    graph = helper.make_graph(nodes, "network", [taken], [given], weights)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), str(file))
+    return file
