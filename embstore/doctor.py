@@ -1,6 +1,7 @@
 """A look at the database's health: what is wrong or will be, and what to do about it. Changes nothing.
 
-Each check reads the server's own books, so that all of them together take seconds on any size of store.
+Each check reads the server's own books, so that all of them together take seconds on any size of store; only the recall
+of a vector index has to be measured, with a few searches.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 from sqlalchemy import Connection, Row, text
 
+from embstore import catalog, indexes, recall
 from embstore.db.engine import Database
 from embstore.db.migrate import State, inspect
 from embstore.db.schema import HEAD, MINIMUM_SERVER
@@ -25,6 +28,7 @@ Level = Literal["ok", "warning", "problem"]
 DEAD_SHARE, DEAD_ROWS = 0.3, 50_000
 """From how many dead rows on, beside the living, a table is called bloated."""
 OLD_SNAPSHOT_SECONDS = 3600
+RECALL_QUERIES, LOW_RECALL = 10, 0.9
 CLOCK_SECONDS = 5.0
 SPARE_CONNECTIONS = 3
 LOW_DISK_SHARE, LOW_DISK_BYTES = 0.05, 2 << 30
@@ -132,6 +136,7 @@ def examine(database: Database, settings: Settings) -> Iterator[Finding]:
         with database.begin() as connection:
             found = check(connection)
         yield from found
+    yield from _recall(database)
 
 
 def _server(state: State) -> Finding:
@@ -231,10 +236,27 @@ def _indexes(connection: Connection) -> list[Finding]:
             "indexes",
             "problem",
             f"embstore.{row.index} on {row.table} is not valid: its build was interrupted, and it only costs",
-            f"DROP INDEX embstore.{row.index}, or build it again",
+            "type 'embstore index drop', or 'embstore index build' to build it again",
         )
         for row in connection.execute(text(_INVALID_INDEXES))
     ] or [Finding("indexes", "ok", "all are valid")]
+
+
+def _recall(database: Database) -> Iterator[Finding]:
+    with database.begin() as connection:
+        built = [index.model for index in indexes.find(connection) if index.valid]
+        models = [catalog.get_model(connection, name) for name in dict.fromkeys(built)]
+    for model in models:
+        for checked in islice(recall.check(database, model, [], queries=RECALL_QUERIES), 1):
+            speed = f"{checked.rate:,.0f} searches a second"
+            found = f"'{model.name}': {checked.recall:.3f} of the ten nearest are found, {speed}"
+            if checked.recall < LOW_RECALL:
+                advice = f"type 'embstore index check --model {model.name}', and build it anew with a larger --m"
+                yield Finding("recall", "warning", found, advice)
+            else:
+                yield Finding("recall", "ok", found)
+    if not models:
+        yield Finding("recall", "ok", "no vector index: every search is exact")
 
 
 def _bloat(connection: Connection) -> list[Finding]:

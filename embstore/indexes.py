@@ -19,6 +19,7 @@ from typing import Literal, get_args
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
+from embstore import faults
 from embstore.catalog import StoredModel
 from embstore.db.engine import Database
 from embstore.errors import DatabaseError, UsageError
@@ -281,6 +282,7 @@ def _run(connection: Connection, statement: str, look: Callable[[], None]) -> No
             done.set()
 
     threading.Thread(target=work, name="build", daemon=True).start()
+    faults.reach("index_build")
     try:
         while not done.wait(_POLL):
             look()

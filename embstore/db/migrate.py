@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, text
 
+from embstore import faults
 from embstore.db.engine import Database
 from embstore.db.schema import HEAD, MINIMUM_PGVECTOR, MINIMUM_SERVER, SCHEMA
 from embstore.errors import DatabaseNotReady
@@ -108,6 +109,7 @@ def upgrade(database: Database, revision: str = "head") -> None:
         connection.execute(text("CREATE EXTENSION IF NOT EXISTS vector SCHEMA public"))
         connection.execute(text(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}"))
         _alembic(connection, "upgrade", revision)
+        faults.reach("migration")
 
     _locked(database, migrate)
 

@@ -38,7 +38,7 @@ def test_a_database_that_is_well(database: Database, cli: Cli) -> None:
     found = findings(cli, 0)
     assert list(found) == [
         *("server", "pgvector", "migrations", "clock", "connections", "leases"),
-        *("vectors", "partitions", "indexes", "bloat", "snapshots", "disk"),
+        *("vectors", "partitions", "indexes", "bloat", "snapshots", "disk", "recall"),
     ]
     assert {level for checks in found.values() for level, _, _ in checks} == {"ok"}
     assert cli("doctor").stdout.splitlines()[-1] == "0 problems, 0 warnings"
@@ -75,6 +75,14 @@ def test_an_index_whose_build_was_interrupted(store: Database, cli: Cli) -> None
     [(level, found, _)] = findings(cli, 1)["indexes"]
     assert level == "problem"
     assert found.startswith(f"embstore.broken on embedding_{number} is not valid")
+
+
+def test_the_recall_of_an_index(store: Database, cli: Cli) -> None:
+    assert findings(cli, 0)["recall"] == [("ok", "no vector index: every search is exact", None)]
+    assert cli("index", "build", "--model", "small").exit_code == 0
+    [(level, found, _)] = findings(cli, 0)["recall"]
+    assert level == "ok"
+    assert found.startswith("'small': 1.000 of the ten nearest are found, ")
 
 
 def test_dead_rows_and_a_snapshot_that_holds_them(store: Database, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
