@@ -12,7 +12,6 @@ from typing import Any
 
 from sqlalchemy import Connection, text
 
-from embstore import vectors
 from embstore.errors import ModelError, UsageError
 from embstore.models.base import Recipe
 from embstore.models.named import Named
@@ -130,6 +129,9 @@ def ensure_model(connection: Connection, recipe: Recipe) -> int:
         values,
     ).scalar()
     if model_id is not None:
+        # Here and not above: it needs numpy, which commands that only look something up can do without.
+        from embstore import vectors
+
         vectors.create_partition(connection, model_id, recipe.name, recipe.dim)
         return int(model_id)
     stored = stored_model(connection, recipe.name, fingerprint)
@@ -188,12 +190,13 @@ def embedded(connection: Connection, dataset: str | None, model: str | None) -> 
         get_dataset(connection, dataset)
     if model is not None:
         get_model(connection, model)
+    # The least key and not EXISTS: that one is planned as a join, which reads all extractions there are.
     rows = connection.execute(
         text(
             "SELECT m.model_id, m.name, m.dim, d.dataset_id, d.name, d.media, d.root"
             " FROM embstore.model m CROSS JOIN embstore.dataset d"
-            " WHERE EXISTS (SELECT FROM embstore.extraction x"
-            " WHERE x.dataset_id = d.dataset_id AND x.model_id = m.model_id)"
+            " WHERE (SELECT min(x.item_id) FROM embstore.extraction x"
+            " WHERE x.dataset_id = d.dataset_id AND x.model_id = m.model_id) IS NOT NULL"
             " AND (CAST(:dataset AS text) IS NULL OR d.name = :dataset)"
             " AND (CAST(:model AS text) IS NULL OR m.name = :model) ORDER BY m.model_id, d.dataset_id"
         ),

@@ -27,7 +27,7 @@ from embstore.progress import Display, Tally
 from embstore.queue import Queue, Refusal
 from embstore.settings import Settings
 from embstore.supervise import Committed, Leased, Outcome, Run, Share
-from embstore.workers import Channel
+from embstore.workers import Channel, prepare
 
 Average = Literal["mean", "unit"]
 
@@ -212,6 +212,9 @@ def compute(
     `show(pending, workers)` makes the display; fewer workers are started where there are fewer ranges.
     """
     shares = [Share(dataset, centroid_queue(dataset.dataset_id, model.model_id)) for dataset in datasets]
+    with database.begin() as connection:
+        if options.recompute or any(_is_due(connection, share.queue) for share in shares):
+            prepare(__name__)
     limits: dict[int, int] = {}
     ranges = 0
     for dataset_id, queue in ((share.dataset.dataset_id, share.queue) for share in shares):
@@ -227,7 +230,7 @@ def compute(
         return [Job(settings, model.model_id, tasks, options.min_utterances)] * number
 
     run = Run(database, "centroids", model.model_id, shares, parameters)
-    return run.go(work, jobs, show=lambda pending: show(pending, number), environ={})
+    return run.go(work, jobs, show=lambda pending: show(pending, number))
 
 
 def work(channel: Channel, job: Job) -> None:
@@ -332,6 +335,14 @@ def _is_about_data(error: DatabaseError) -> bool:
     cause = error.__cause__
     code = getattr(getattr(cause, "orig", cause), "pgcode", None) or ""
     return code[:2] in ("22", "XX")
+
+
+def _is_due(connection: Connection, queue: Queue) -> bool:
+    """Whether there is most likely something to compute: workers can then get ready while it is worked out what."""
+    changed = (
+        "SELECT EXISTS (SELECT FROM embstore.speaker_change WHERE dataset_id = :dataset_id AND model_id = :model_id)"
+    )
+    return queue.is_open(connection) or bool(connection.execute(text(changed), queue.scope).scalar_one())
 
 
 def _range(connection: Connection, queue: Queue, dim: int) -> int:

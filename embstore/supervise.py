@@ -62,7 +62,7 @@ class Outcome:
     waits: list[Waits] = field(default_factory=list)
     """What each worker waited for, where it says so."""
     processor_seconds: float = 0.0
-    """Time that the workers computed on this machine's cores, loading included."""
+    """Time that the workers computed on this machine's cores, loading included; 0 for forked ones."""
     datasets: dict[str, Tally] = field(default_factory=dict)
     statuses: dict[str, dict[str, int]] = field(default_factory=dict)
     """Number of rows by status, for each dataset, when it was over."""
@@ -132,11 +132,12 @@ class Run:
         jobs: Callable[[Mapping[int, int]], Sequence[Any]],
         *,
         show: Callable[[int], Display],
-        environ: Mapping[str, str],
+        environ: Mapping[str, str] | None = None,
     ) -> Outcome:
         """Run a crew of `target` until nothing is pending; `jobs(run ids by dataset)` makes a job for each worker.
 
-        `show(pending)` makes the display. Fewer workers than jobs are started where there is less to do.
+        `show(pending)` makes the display; `environ` is set for the workers, None: they are forked from the helper
+        that `workers.prepare` starts. Fewer workers than jobs are started where there is less to do.
         """
         start, before = time.monotonic(), _processor_seconds()
         self._remaining = self._count_remaining()
@@ -170,11 +171,14 @@ class Run:
             "run_started", command=self._command, runs=self._runs, workers=workers, pending=self._remaining
         )
 
-    def _watch(self, target: Callable[[Channel, Any], None], jobs: Sequence[Any], environ: Mapping[str, str]) -> bool:
+    def _watch(
+        self, target: Callable[[Channel, Any], None], jobs: Sequence[Any], environ: Mapping[str, str] | None
+    ) -> bool:
         crew = Crew(
             target,
             jobs,
             environ=environ,
+            forked=environ is None,
             on_message=self._on_message,
             on_death=self._on_death,
             on_kill=self._on_kill,

@@ -1,4 +1,4 @@
-"""A crew of worker processes: spawned, watched, replaced when they die, told to stop, never left behind.
+"""A crew of worker processes: started, watched, replaced when they die, told to stop, never left behind.
 
     parent: Crew(target, jobs).run(...)          child: target(channel, job)
        "stop" ------------------------------------> channel.stopping is set
@@ -7,6 +7,8 @@
 
 Children ignore Ctrl+C and the end of a terminal, which it sends to all of them: the parent tells them. They die with
 their parent, even a killed one, as its end of the pipe closes.
+
+A child is a new interpreter, or a fork of a helper process that has imported what it needs: see `prepare`.
 """
 
 from __future__ import annotations
@@ -22,9 +24,9 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import ForkServerProcess, SpawnProcess
 from types import FrameType
 from typing import Any
 
@@ -100,10 +102,22 @@ def _child(target: Callable[[Channel, Any], None], pipe: Connection, job: Any) -
             sys.exit(_TERMINATED)  # there may be work left, so the parent fills the place again
 
 
+def prepare(*modules: str) -> None:
+    """Have a helper process import these, without waiting for it, so that `Crew(forked=True)` starts in no time.
+
+    The modules must neither start threads nor open connections when they are imported. The helper ends with this
+    process.
+    """
+    multiprocessing.set_forkserver_preload(list(modules))
+    resource_tracker.ensure_running()  # it unblocks signals when it starts, so it starts before they are blocked
+    with _signals_blocked():
+        forkserver.ensure_running()
+
+
 @dataclass
 class _Worker:
     index: int
-    process: SpawnProcess
+    process: SpawnProcess | ForkServerProcess
     pipe: Connection
     failure: _Failure | None = None
     spoke: bool = False
@@ -119,19 +133,23 @@ class Crew:
         jobs: Sequence[Any],
         *,
         environ: Mapping[str, str] | None = None,
+        forked: bool = False,
         on_message: Callable[[int, Any], bool],
         on_death: Callable[[int], None],
         on_kill: Callable[[int], None] | None = None,
         on_tick: Callable[[], None] = lambda: None,
         on_stop: Callable[[], None] = lambda: None,
     ) -> None:
-        """`on_message(index, message)` says whether the message means progress; `on_death(index)` clears up after a
+        """`forked` workers come from the helper that `prepare` starts, with the environment that it was started in.
+
+        `on_message(index, message)` says whether the message means progress; `on_death(index)` clears up after a
         worker that died before it is replaced; `on_kill(index)` after one that this crew has killed, by default in the
         same way; `on_tick` is called several times a second; `on_stop` at the first
         Ctrl+C. All run in the parent's main thread."""
         self._target = target
         self._jobs = list(jobs)
         self._environ = dict(environ or {})
+        self._forked = forked
         self._on_message = on_message
         self._on_death = on_death
         self._on_kill = on_kill or on_death
@@ -164,8 +182,8 @@ class Crew:
         return self._signals == 0
 
     def _start(self, index: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        resource_tracker.ensure_running()  # it unblocks signals when it starts, so it starts before they are blocked
+        context = multiprocessing.get_context("forkserver") if self._forked else multiprocessing.get_context("spawn")
+        resource_tracker.ensure_running()  # as in `prepare`
         ours, theirs = context.Pipe()
         process = context.Process(
             target=_child, args=(self._target, theirs, self._jobs[index]), name=f"worker-{index}", daemon=True

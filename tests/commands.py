@@ -92,7 +92,7 @@ class Command:
         found = []
         for process in self.members():
             try:
-                if "spawn_main" in " ".join(process.cmdline()):
+                if _is_worker(process):
                     found.append(process)
             except psutil.NoSuchProcess:
                 continue
@@ -105,6 +105,18 @@ class Command:
     def kill_group(self) -> None:
         """End everything at once."""
         os.killpg(self.pid, signal.SIGKILL)
+
+
+def _is_worker(process: psutil.Process) -> bool:
+    """Whether it was spawned as a worker, or forked as one from the helper that has imported everything."""
+    if "spawn_main" in " ".join(process.cmdline()):
+        return True
+    above = process.parent()
+    return above is not None and _is_helper(above) and _is_helper(process)
+
+
+def _is_helper(process: psutil.Process) -> bool:
+    return "multiprocessing.forkserver" in " ".join(process.cmdline())
 
 
 class _Terminal:

@@ -20,6 +20,10 @@ def count(channel: Channel, number: int) -> None:
         channel.send(i)
 
 
+def tell_parent(channel: Channel, _: None) -> None:
+    channel.send(os.getppid())
+
+
 def thread_count(channel: Channel, name: str) -> None:
     channel.send(os.environ.get(name))
 

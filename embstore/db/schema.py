@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from pgvector.sqlalchemy import Vector
 from sqlalchemy import (
     REAL,
     BigInteger,
@@ -36,6 +35,7 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.types import UserDefinedType
 
 SCHEMA = "embstore"
 HEAD = "0008"
@@ -46,6 +46,16 @@ MINIMUM_PGVECTOR = (0, 8, 4)
 """Earlier ones have overflow and vacuum bugs in their HNSW index."""
 
 metadata = MetaData(schema=SCHEMA)
+
+
+class Vector(UserDefinedType[Any]):
+    """pgvector's `vector`, of any dimension; its values come and go through COPY and casts, not through this type."""
+
+    cache_ok = True
+
+    def get_col_spec(self, **_: Any) -> str:
+        """Name of the type in SQL."""
+        return "vector"
 
 
 def _timestamp(name: str, **more: Any) -> Column[Any]:

@@ -14,13 +14,14 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, create_engine
+from sqlalchemy.dialects.postgresql.base import ischema_names
 
 from embstore import vectors
 from embstore.db import migrate
 from embstore.db.copy import copy_rows
 from embstore.db.engine import Database
 from embstore.db.migrate import State, inspect, require_ready
-from embstore.db.schema import HEAD, SCHEMA, metadata
+from embstore.db.schema import HEAD, SCHEMA, Vector, metadata
 from embstore.errors import DatabaseError, DatabaseNotReady
 from embstore.settings import load
 
@@ -83,6 +84,12 @@ def test_the_newest_migration_is_head() -> None:
     ]
 
 
+@pytest.fixture
+def _vectors_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ischema_names, "vector", Vector)
+
+
+@pytest.mark.usefixtures("_vectors_are_known")
 def test_migrations_and_tables_agree(database: Database, database_url: str) -> None:
     """As Alembic sees it: tables, columns, types, indexes, foreign keys."""
 

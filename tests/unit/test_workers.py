@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from embstore.errors import EmbstoreError, ModelError, UsageError, WorkerError
-from embstore.workers import DEATHS_IN_A_ROW, ORPHAN_SECONDS, Channel, Crew
+from embstore.workers import DEATHS_IN_A_ROW, ORPHAN_SECONDS, Channel, Crew, prepare
 
 
 class Heard:
@@ -63,6 +63,24 @@ def test_every_message_arrives_in_order(heard: Heard) -> None:
     assert Counter(i for i, _ in heard.messages) == {0: 500, 2: 3}
     assert heard.deaths == []
     assert heard.ticks > 0
+
+
+def test_a_killed_forked_worker_is_replaced(heard: Heard, tmp_path: Path) -> None:
+    prepare("crew_targets")
+    assert heard.run(crew_targets.die_at_first, [tmp_path / "mark"], forked=True)
+    pids = [message for _, message in heard.messages]
+    assert len(set(pids)) == 3
+    assert pids[2] == "alive"
+    assert heard.deaths == [0]
+
+
+def test_forked_workers_have_a_parent_of_their_own_and_say_what_went_wrong(heard: Heard) -> None:
+    prepare("crew_targets")
+    heard.run(crew_targets.tell_parent, [None, None], forked=True)
+    (helper,) = {parent for _, parent in heard.messages}
+    assert helper != os.getpid()
+    with pytest.raises(ModelError, match="the weights in 'x'"):
+        heard.run(crew_targets.raise_error, [ModelError], forked=True)
 
 
 def test_what_is_set_for_workers_is_set_for_them_alone(heard: Heard, monkeypatch: pytest.MonkeyPatch) -> None:
