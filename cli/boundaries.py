@@ -39,7 +39,7 @@ from .output import write_json, write_rows
     "--penalty",
     metavar="B",
     type=click.FloatRange(min=0, min_open=True),
-    help="auto: larger finds fewer boundaries; 1 suits segments of 3 to 15 files.  [default: 1.5]",
+    help="auto: larger finds fewer boundaries.  [default: 1.5]",
 )
 @click.option(
     "--segment-size",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,12 +16,14 @@ Floats = NDArray[np.float64]
 CONTEXT = 20
 """Vectors on each side of a place that its contrast looks at."""
 BLOCK = 8192
-"""Vectors in a stretch; three of them are in memory. The noise is measured per stretch, so it is part of the result."""
+"""Vectors in a block. The noise is measured around each block, so it is part of the result."""
+AROUND = 2048
+"""Vectors before and after a block that its stretch holds."""
 SMALLEST = 3
 """Rows on each side at the smallest scale of `gains`."""
 _TILE = 512
 _TINY = 1e-9
-_PAIRS = 8192
+_PAIRS = 2048
 _LAG = 5
 _NEIGHBOURS = 4
 _FOREIGN = 2.5
@@ -71,7 +74,7 @@ def _joined(windows: list[Window]) -> Window:
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """One block between the blocks before and after it. Rows are counted from the beginning of the set."""
+    """One block and what lies around it. Rows are counted from the beginning of the set."""
 
     first: int
     """Row that `rows[0]` is."""
@@ -81,12 +84,9 @@ class Stretch:
     positions: NDArray[np.int64]
     """Of the block's rows."""
     rows: NDArray[np.float32]
-    """The block and its neighbours, [m, dim]."""
-
-    @property
-    def is_last(self) -> bool:
-        """Nothing comes after this block."""
-        return self.end == self.first + len(self.rows)
+    """The block with up to 2,048 rows on each side, [m, dim]."""
+    is_last: bool
+    """Nothing comes after this block."""
 
     @property
     def own(self) -> NDArray[np.float32]:
@@ -101,11 +101,11 @@ def stretches(windows: Windows, *, normalise: bool = True) -> Iterator[Stretch]:
     begin = 0
     for following in _ended(blocks(windows, normalise=normalise)):
         if current is not None:
-            parts = [x for x in (before, current[1], following[1] if following else None) if x is not None]
+            parts = [x for x in (before, current[1], following[1][:AROUND] if following else None) if x is not None]
             end = begin + len(current[0])
             first = begin - (0 if before is None else len(before))
-            yield Stretch(first, begin, end, current[0], np.concatenate(parts))
-            before, begin = current[1], end
+            yield Stretch(first, begin, end, current[0], np.concatenate(parts), following is None)
+            before, begin = current[1][-AROUND:], end
         current = following
 
 
@@ -132,6 +132,37 @@ def _half_distance(rows: NDArray[np.float32], lag: int) -> float:
     picked = np.arange(0, pairs, max(1, pairs // _PAIRS))
     difference = rows[picked] - rows[picked + lag]
     return 0.5 * float(np.median(np.einsum("ij,ij->i", difference, difference)))
+
+
+def dimensions(rows: NDArray[Any], trim: float = 3.0) -> float:
+    """In how many dimensions neighbours differ: trace(C)² / trace(C²) of the covariance C of their differences.
+
+    Differences of more than `trim` times the median are left out: those are changes of something else.
+    """
+    pairs = len(rows) - 1
+    picked = np.arange(0, pairs, max(1, pairs // _PAIRS)) if pairs > 0 else np.empty(0, np.int64)
+    steps = np.asarray(rows[picked + 1] - rows[picked], dtype=np.float64)
+    squares = np.einsum("ij,ij->i", steps, steps)
+    kept = squares <= trim * np.median(squares) if len(steps) else np.empty(0, np.bool_)
+    steps, squares = steps[kept], squares[kept]
+    count = len(steps)
+    if count < 4:
+        return 2.0
+    # The inner product of two independent differences has the variance trace((2C)²); neighbouring ones share a row.
+    lags = [count // 2, count // 2 + 1] if count > 400 else range(2, count)
+    products = np.concatenate([np.einsum("ij,ij->i", steps[:-lag], steps[lag:]) for lag in lags])
+    alike = float(np.mean(products**2))
+    return float(np.clip(squares.mean() ** 2 / max(alike, 1e-30), 2, rows.shape[1]))
+
+
+def due(count: int, dim: float) -> float:
+    """What the best of `count` cuts saves at most where nothing changes, in units of the noise.
+
+    The bound of Laurent, Massart 2000, "Adaptive estimation of a quadratic functional by model selection", for a
+    chi-squared variable of `dim` degrees of freedom, here of mean 1.
+    """
+    exponent = float(np.log(max(count, 100)))
+    return 1 + 2 * float(np.sqrt(exponent / dim)) + 2 * exponent / dim
 
 
 def foreign(stretch: Stretch, spread: float) -> NDArray[np.bool_]:
