@@ -21,7 +21,9 @@ NEEDS_ATTENTION = 1
 @pass_settings
 @click.pass_context
 def doctor(context: click.Context, as_json: bool, settings: Settings) -> None:
-    """Check the database, explain what is wrong, and say what to do about it; changes nothing.
+    """Check the database, and say what to do about what is wrong.
+
+    It changes nothing.
 
     \b
     For monitoring, the exit code:
