@@ -36,7 +36,7 @@ from embstore.extract import devices
 from embstore.extract.devices import Plan
 from embstore.extract.pipeline import Job, Task, extraction_queue, work
 from embstore.extract.run import register_source
-from embstore.media import audio
+from embstore.media import audio, extensions
 from embstore.models.base import Prepared
 from embstore.models.registry import find
 from embstore.models.resemblyzer import Resemblyzer, ResemblyzerRecipe
@@ -102,12 +102,14 @@ def replicate(source: Path, folder: Path, items: int) -> list[Path]:
     return copies
 
 
-def end_to_end(settings: Settings, folder: Path, name: str, plan: Plan) -> tuple[float, float]:
+def end_to_end(
+    settings: Settings, folder: Path, name: str, plan: Plan, model: str = "resemblyzer"
+) -> tuple[float, float]:
     """Extract the folder as a dataset of its own; seconds and processors' seconds from lease to last commit."""
     database = Database(settings)
-    recipe = find("resemblyzer", {})
-    source = open_source(folder, extensions=audio.EXTENSIONS)
-    dataset, registered = register_source(database, source, name=name, media="audio")
+    recipe = find(model, {})
+    source = open_source(folder, extensions=extensions.BY_MEDIA[recipe.media])
+    dataset, registered = register_source(database, source, name=name, media=recipe.media)
     with database.begin() as connection:
         model_id = catalog.ensure_model(connection, recipe)
         enqueue(connection, dataset.dataset_id, model_id)

@@ -12,6 +12,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SMALL = {
     "claim": ["--items", "2000", "--rounds", "2"],
     "extract": ["--items", "6", "--rounds", "1"],
+    "images": ["--items", "12", "--rounds", "1", "--width", "200"],
     "register": ["--items", "3000", "--rounds", "1"],
     "startup": ["--rounds", "1"],
     "write": ["--items", "600", "--rounds", "2"],

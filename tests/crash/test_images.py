@@ -1,0 +1,76 @@
+"""Pictures, broken ones among them, killed and continued: all accounted for, and the same vectors with any workers."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from audit import LEASE_SECONDS, audit
+from commands import Command, Start, Watcher
+from pictures import write_pictures
+
+COUNT = 400
+
+Runs = list[Command]
+Vectors = dict[str, np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    """A folder of pictures, and why some of them fail."""
+    folder = tmp_path_factory.mktemp("pictures") / "photos"
+    expected = write_pictures(folder, COUNT, broken=True)
+    return folder, {path: wrong for path, wrong in expected.items() if wrong}
+
+
+@pytest.fixture(scope="module")
+def alone(photos: tuple[Path, dict[str, str]]) -> Vectors:
+    """The vectors, by the model alone."""
+    from embstore.models.statistical_image import recipe
+
+    folder, refused = photos
+    model = recipe({}).load("cpu")
+    paths = [path for path in sorted(folder.rglob("*.*")) if path.relative_to(folder).as_posix() not in refused]
+    rows = model.embed([model.prepare(path, None, None) for path in paths])
+    return {path.relative_to(folder).as_posix(): row for path, row in zip(paths, rows, strict=True)}
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_killed_and_continued(
+    workers: int, start: Start, photos: tuple[Path, dict[str, str]], alone: Vectors, watcher: Watcher, runs: Runs
+) -> None:
+    folder, refused = photos
+    words = ("extract", str(folder), "--media", "image", "--workers", str(workers))
+    first = start(*words)
+    watcher.wait_for_done(1)
+    first.kill_group()
+    first.process.wait()
+    second = start(*words)
+    watcher.wait_for_claims()
+    if second.workers():
+        second.workers()[-1].kill()
+    assert second.wait() == 1
+    check(watcher, runs, alone, refused)
+
+
+def test_timeout_in_a_loop_ends_with_everything_embedded(
+    start: Start, photos: tuple[Path, dict[str, str]], alone: Vectors, watcher: Watcher, runs: Runs
+) -> None:
+    folder, refused = photos
+    words = (sys.executable, "-m", "embstore", "extract", str(folder), "--media", "image", "--tune", "decoders=1")
+    seconds, codes = 1.0, [124]
+    while codes[-1] == 124:
+        codes.append(start("timeout", f"{seconds}s", *words).wait())
+        audit(watcher, runs, orphans=LEASE_SECONDS)
+        assert watcher.refused().items() <= refused.items()
+        seconds += 0.5  # a busy machine may take that long to begin
+    assert codes[-1] == 1  # some pictures are broken
+    assert codes.count(124) > 1
+    check(watcher, runs, alone, refused)
+
+
+def check(watcher: Watcher, runs: Runs, alone: Vectors, refused: dict[str, str]) -> None:
+    assert audit(watcher, runs, expected=alone) == {"done": COUNT - len(refused), "failed": len(refused)}
+    assert watcher.refused() == refused
