@@ -124,7 +124,7 @@ def boundaries(
     with opened(settings) as database:
         require_ready(database)
         with database.begin() as connection:
-            pairs = catalog.embedded(connection, dataset, model)
+            pairs = catalog.embedded(connection, dataset, model, writing=True)
         if not pairs:
             line("there are no vectors to look at: type 'embstore extract PATH' first")
         several = sum(len(them) for _, them in pairs) > 1

@@ -98,7 +98,7 @@ def command(
     with opened(settings) as database:
         require_ready(database)
         with database.begin() as connection:
-            pairs = catalog.embedded(connection, dataset, model)
+            pairs = catalog.embedded(connection, dataset, model, writing=True)
         if not pairs:
             line(_nothing(dataset, model))
         for found, datasets in pairs:

@@ -13,6 +13,7 @@ import click
 import numpy as np
 from sqlalchemy import Connection, text
 
+from embstore import sharing
 from embstore.db import embedded, migrate
 from embstore.db.address import masked, password_of
 from embstore.db.copy import copy_rows
@@ -178,7 +179,7 @@ def backup(file: Path, force: bool, settings: Settings) -> None:
     """
     with opened(settings) as database:
         require_ready(database)
-        dump.backup(programs(database), file, force=force)
+        dump.backup(database, programs(database), file, force=force)
         click.echo(f"saved {_contents(database)} to '{file}' ({plural(file.stat().st_size, 'byte')})")
 
 
@@ -189,12 +190,12 @@ def backup(file: Path, force: bool, settings: Settings) -> None:
 def restore(file: Path, force: bool, settings: Settings) -> None:
     """Load what 'embstore db backup' saved to FILE into an empty database.
 
-    All of it or nothing. Owners and rights are not restored: everything belongs to the role that restores it.
+    All of it or nothing. Owners and rights are not restored: everything belongs to the role that restores it. On
+    another server than before, teams are empty until 'embstore team create NAME --adopt' takes up a role of that name.
     """
     with opened(settings) as database:
-        revision = dump.restore(database, programs(database), file, force=force)
-        if revision < HEAD:
-            migrate.upgrade(database)
+        dump.restore(database, programs(database), file, force=force)
+        migrate.upgrade(database)
         click.echo(f"restored {_contents(database)} from '{file}'")
 
 
@@ -277,22 +278,29 @@ def _round_trip(connection: Connection) -> str:
     return "written and read back, bit for bit"
 
 
-# With the partitions, as workers write straight into them.
+# With the partitions, as workers write straight into them. Of the catalogue, some columns are enough.
 _CLOSED_TABLES = """
-SELECT current_user, string_agg(relname, ', ' ORDER BY relname) FILTER (WHERE NOT (
-    has_table_privilege(oid, 'SELECT') AND has_table_privilege(oid, 'INSERT')
-    AND has_table_privilege(oid, 'UPDATE') AND has_table_privilege(oid, 'DELETE')))
-FROM pg_class
-WHERE relnamespace = to_regnamespace('embstore') AND relkind IN ('r', 'p') AND relname <> 'alembic_version'
+SELECT string_agg(relname, ', ' ORDER BY relname) FROM pg_class c
+WHERE relnamespace = to_regnamespace('embstore') AND relkind IN ('r', 'p') AND relname <> 'lease' AND NOT (
+    has_table_privilege(oid, 'SELECT') AND (relname = 'speaker_change' OR %(kind)s = 'reader' OR NOT EXISTS (
+        SELECT FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attname = 'dataset_id')
+    OR has_any_column_privilege(oid, 'INSERT') AND has_any_column_privilege(oid, 'UPDATE')))
 """
 
 
 def _rights(connection: Connection) -> str:
-    """Whether this role may do what `extract` does. Raises DatabaseError that names what is missing."""
-    role, closed = connection.exec_driver_sql(_CLOSED_TABLES).one()
+    """Whether this role may do what its kind does. Raises DatabaseError that names what is missing."""
+    identity = sharing.identify(connection)
+    closed = connection.exec_driver_sql(_CLOSED_TABLES, {"kind": identity.kind}).scalar()
     if closed:
-        raise DatabaseError(f"role {role} may not read and write {closed}: ask the owner of the database for it")
-    return f"role {role} may read and write all tables"
+        raise DatabaseError(
+            f"role {identity.role} may not {'read' if identity.kind == 'reader' else 'read and write'} {closed}: "
+            "ask the owner of the database for it"
+        )
+    if identity.kind == "owner":
+        return f"role {identity.role} may read and write everything"
+    verb = "read" if identity.kind == "reader" else "read and write"
+    return f"role {identity.role} may {verb} what its teams may: 'embstore shares' says what that is"
 
 
 def _connections(connection: Connection, settings: Settings) -> bool:

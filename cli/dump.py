@@ -13,6 +13,7 @@ from typing import IO
 
 from sqlalchemy import text
 
+from embstore import sharing
 from embstore.db.engine import Database
 from embstore.db.migrate import State, inspect
 from embstore.db.schema import HEAD, SCHEMA
@@ -27,6 +28,8 @@ CREATE EXTENSION IF NOT EXISTS vector SCHEMA public;
 DROP SCHEMA IF EXISTS {SCHEMA} CASCADE;
 """
 
+_RULE = re.compile(r"\d+; \d+ \d+ (POLICY|ROW SECURITY) ")
+
 # The script of pg_restore has emptied the search path, and statistics are not part of it.
 _COMMIT = f"""
 ANALYZE {SCHEMA}.item, {SCHEMA}.extraction, {SCHEMA}.embedding;
@@ -37,16 +40,19 @@ COMMIT;
 """
 
 
-def backup(programs: Programs, target: Path, *, force: bool) -> None:
+def backup(database: Database, programs: Programs, target: Path, *, force: bool) -> None:
     """Write schema `embstore` into a new file, in pg_dump's custom format.
 
-    Raises UsageError if the file exists, unless `force` replaces it; DatabaseError with pg_dump's words.
+    Raises UsageError if the file exists, unless `force` replaces it, or for a role that does not see everything;
+    DatabaseError with pg_dump's words.
     """
+    _require_all(database)
     if target.exists() and not force:
         raise UsageError(f"'{target}' exists: choose another name, or add --force to replace it")
     unfinished = _unfinished(target)
     try:
         arguments: list[str | Path] = ["--format=custom", f"--schema={SCHEMA}", "--no-password", "--file", unfinished]
+        arguments.append("--enable-row-security")  # without it, an owner who is no superuser is refused
         with tempfile.TemporaryFile() as said:
             process = programs.run(
                 "pg_dump", arguments, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said
@@ -59,6 +65,16 @@ def backup(programs: Programs, target: Path, *, force: bool) -> None:
             _link(unfinished, target)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _require_all(database: Database) -> None:
+    """Raise UsageError for a role whose backup would silently hold no more than it sees."""
+    with database.begin() as connection:
+        identity = sharing.identify(connection)
+    if identity.kind != "owner":
+        raise UsageError(
+            f"a backup by '{identity.role}' would lack what others have: only the owner of the database makes one"
+        )
 
 
 def _unfinished(target: Path) -> Path:
@@ -106,15 +122,31 @@ def restore(database: Database, programs: Programs, archive: Path, *, force: boo
     return revision
 
 
+def _contents(programs: Programs, archive: Path) -> str:
+    """The archive's list of contents without the rules of row-level security, which name the role that owned it.
+
+    `embstore.secure` sets them anew. Raises DatabaseError.
+    """
+    listing = subprocess.run(
+        [programs.folder / "pg_restore", "--list", archive], stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    if listing.returncode != 0:
+        raise DatabaseError(f"'{archive}' is damaged, nothing was changed: {listing.stderr.strip().splitlines()[-1]}")
+    return "".join(line for line in listing.stdout.splitlines(True) if not _RULE.match(line))
+
+
 def _write_script(script: IO[bytes], programs: Programs, archive: Path) -> None:
     """Begin, what pg_restore makes of the archive, and only if it made all of it: commit."""
     script.write(_BEGIN.encode())
     script.flush()
-    with tempfile.TemporaryFile() as said:
+    with tempfile.NamedTemporaryFile("w") as contents, tempfile.TemporaryFile() as said:
+        contents.write(_contents(programs, archive))
+        contents.flush()
         command: list[str | Path] = [
             programs.folder / "pg_restore",
             "--no-owner",
             "--no-privileges",
+            f"--use-list={contents.name}",
             "--file=-",
             archive,
         ]

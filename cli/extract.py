@@ -213,7 +213,7 @@ def _every_dataset(database: Database, wanted: Wanted) -> list[Work]:
 def _open_works(database: Database, name: str | None, wanted: Wanted, *, named: bool) -> list[Work]:
     """What is pending, model by model; a dataset and a model `named` together are begun if need be."""
     with database.begin() as connection:
-        chosen = catalog.get_dataset(connection, name) if name is not None else None
+        chosen = catalog.get_dataset(connection, name, writing=True) if name is not None else None
         work = catalog.open_work(connection)
     recipe = wanted.find(database, chosen.media if chosen is not None and named else None)
     if chosen is not None and named:

@@ -12,6 +12,7 @@ from typing import Any
 
 from sqlalchemy import Connection, text
 
+from embstore import sharing
 from embstore.errors import ModelError, UsageError
 from embstore.models.base import Recipe
 from embstore.models.named import Named
@@ -23,8 +24,15 @@ class Dataset:
 
     dataset_id: int
     name: str
+    """`train`; or `asr/train` where one sees several of that name, of different teams."""
     media: str
     root: str
+    can_write: bool = True
+    """False: it is shared for reading."""
+
+
+_COLUMNS = "d.dataset_id, d.dataset, d.media, d.root, d.can_write"
+"""Of the view `datasets`."""
 
 
 @dataclass(frozen=True)
@@ -54,21 +62,38 @@ class OpenWork:
     model: str
 
 
-def get_dataset(connection: Connection, name: str) -> Dataset:
-    """Find a dataset by name. Raises UsageError that lists the names there are."""
-    row = connection.execute(
-        text("SELECT dataset_id, name, media, root FROM embstore.dataset WHERE name = :name"), {"name": name}
-    ).one_or_none()
-    if row is None:
-        names = connection.execute(text("SELECT name FROM embstore.dataset ORDER BY name")).scalars().all()
+def get_dataset(connection: Connection, name: str, *, writing: bool = False) -> Dataset:
+    """Find a dataset by name, or by `team/name`.
+
+    Raises UsageError that lists the names there are, or if it is to be written to and shared for reading only.
+    """
+    found = _named(connection, name)
+    if not found:
+        names = connection.execute(text("SELECT dataset FROM embstore.datasets ORDER BY dataset")).scalars().all()
         raise UsageError(f"no dataset '{name}': {_known(name, names, 'datasets')}")
-    return Dataset(*row)
+    if len(found) > 1:
+        raise UsageError(f"several datasets are called '{name}': say {' or '.join(repr(d.name) for d in found)}")
+    if writing and not found[0].can_write:
+        raise UsageError(
+            f"dataset '{name}' is shared for reading: its team can type 'embstore share {name} --with TEAM --write'"
+        )
+    return found[0]
+
+
+def _named(connection: Connection, name: str) -> list[Dataset]:
+    """The datasets that a name may mean; the one that is shown under it, if there is one."""
+    sql = f"""
+    SELECT {_COLUMNS} FROM embstore.datasets d WHERE :name IN (d.dataset, d.name, d.team || '/' || d.name)
+    ORDER BY d.dataset
+    """
+    found = [Dataset(*row) for row in connection.execute(text(sql), {"name": name})]
+    return [dataset for dataset in found if dataset.name == name] or found
 
 
 def datasets(connection: Connection, media: str) -> list[Dataset]:
-    """All datasets of one kind of media, in the order in which they were made."""
+    """All datasets of one kind of media that one may write to, in the order in which they were made."""
     rows = connection.execute(
-        text("SELECT dataset_id, name, media, root FROM embstore.dataset WHERE media = :media ORDER BY dataset_id"),
+        text(f"SELECT {_COLUMNS} FROM embstore.datasets d WHERE media = :media AND can_write ORDER BY dataset_id"),
         {"media": media},
     )
     return [Dataset(*row) for row in rows]
@@ -77,20 +102,17 @@ def datasets(connection: Connection, media: str) -> list[Dataset]:
 def ensure_dataset(connection: Connection, name: str, media: str, root: str) -> Dataset:
     """Find or make a dataset, and lock it until the transaction ends: two runs must not register into it at once.
 
-    Raises UsageError if the name stands for another root.
+    A new one belongs to the team of whoever makes it, or to that of a name such as `team/name`. Raises UsageError if
+    the name stands for another root, or if there is no one team.
     """
-    values = {"name": name, "media": media, "root": root}
+    found = [dataset for dataset in _named(connection, name) if dataset.can_write]
+    if len(found) > 1:
+        raise UsageError(f"several datasets are called '{name}': say {' or '.join(repr(d.name) for d in found)}")
+    dataset = found[0] if found else _make(connection, name, media, root)
     connection.execute(
-        text(
-            "INSERT INTO embstore.dataset (name, media, root) VALUES (:name, :media, :root)"
-            " ON CONFLICT (name) DO NOTHING"
-        ),
-        values,
+        text("SELECT FROM embstore.dataset WHERE dataset_id = :dataset_id FOR UPDATE"),
+        {"dataset_id": dataset.dataset_id},
     )
-    row = connection.execute(
-        text("SELECT dataset_id, name, media, root FROM embstore.dataset WHERE name = :name FOR UPDATE"), values
-    ).one()
-    dataset = Dataset(*row)
     if dataset.root != root:
         raise UsageError(
             f"dataset '{name}' holds the files of '{dataset.root}', not of '{root}': give --dataset another name"
@@ -101,6 +123,23 @@ def ensure_dataset(connection: Connection, name: str, media: str, root: str) -> 
             " or give --dataset another name"
         )
     return dataset
+
+
+def _make(connection: Connection, name: str, media: str, root: str) -> Dataset:
+    team, plain = sharing.place(connection, name)
+    values = {"name": plain, "media": media, "root": root, "team": team}
+    connection.execute(
+        text(
+            "INSERT INTO embstore.dataset (name, media, root, team) VALUES (:name, :media, :root, :team)"
+            " ON CONFLICT (team, md5(name)) DO NOTHING"
+        ),
+        values,
+    )
+    row = connection.execute(
+        text(f"SELECT {_COLUMNS} FROM embstore.datasets d WHERE name = :name AND team IS NOT DISTINCT FROM :team"),
+        values,
+    ).one()
+    return Dataset(*row)
 
 
 def ensure_model(connection: Connection, recipe: Recipe) -> int:
@@ -118,21 +157,14 @@ def ensure_model(connection: Connection, recipe: Recipe) -> int:
         "family": recipe.family if isinstance(recipe, Named) else None,
         "options": json.dumps(dict(recipe.options)) if isinstance(recipe, Named) else None,
     }
-    # NOT EXISTS: a conflict alone would use up one of the 32,767 numbers that a smallint has, in every run.
     model_id = connection.execute(
         text(
-            "INSERT INTO embstore.model (name, media, dim, fingerprint, settings, family, options)"
-            " SELECT :name, :media, :dim, :fingerprint, CAST(:settings AS jsonb), :family, CAST(:options AS jsonb)"
-            " WHERE NOT EXISTS (SELECT FROM embstore.model WHERE name = :name)"
-            " ON CONFLICT (name) DO NOTHING RETURNING model_id"
+            "SELECT embstore.add_model(:name, :media, :dim, :fingerprint, CAST(:settings AS jsonb), :family,"
+            " CAST(:options AS jsonb))"
         ),
         values,
     ).scalar()
     if model_id is not None:
-        # Here and not above: it needs numpy, which commands that only look something up can do without.
-        from embstore import vectors
-
-        vectors.create_partition(connection, model_id, recipe.name, recipe.dim)
         return int(model_id)
     stored = stored_model(connection, recipe.name, fingerprint)
     assert stored is not None
@@ -168,39 +200,42 @@ def items(connection: Connection, dataset_id: int, item_ids: Sequence[int]) -> l
 
 
 def open_work(connection: Connection) -> list[OpenWork]:
-    """Every dataset and model between which extractions are pending or were left running."""
+    """Every dataset one may write to, and model, between which extractions are pending or were left running."""
     rows = connection.execute(
         text(
-            "SELECT d.dataset_id, d.name, d.media, d.root, m.name FROM embstore.dataset d CROSS JOIN embstore.model m"
-            " WHERE EXISTS (SELECT FROM embstore.extraction e WHERE e.dataset_id = d.dataset_id"
+            f"SELECT {_COLUMNS}, m.name FROM embstore.datasets d CROSS JOIN embstore.model m"
+            " WHERE d.can_write AND (EXISTS (SELECT FROM embstore.extraction e WHERE e.dataset_id = d.dataset_id"
             " AND e.model_id = m.model_id AND e.status = 'pending') OR EXISTS (SELECT FROM embstore.extraction e"
-            " WHERE e.dataset_id = d.dataset_id AND e.model_id = m.model_id AND e.status = 'running')"
+            " WHERE e.dataset_id = d.dataset_id AND e.model_id = m.model_id AND e.status = 'running'))"
             " ORDER BY m.model_id, d.dataset_id"
         )
     )
-    return [OpenWork(Dataset(*row[:4]), row[4]) for row in rows]
+    return [OpenWork(Dataset(*row[:-1]), row[-1]) for row in rows]
 
 
-def embedded(connection: Connection, dataset: str | None, model: str | None) -> list[tuple[StoredModel, list[Dataset]]]:
+def embedded(
+    connection: Connection, dataset: str | None, model: str | None, *, writing: bool = False
+) -> list[tuple[StoredModel, list[Dataset]]]:
     """For each model, the datasets that have extractions by it: all, or those of the given names.
 
-    Raises UsageError for an unknown dataset and ModelError for an unknown model.
+    `writing`: of those that one may write to. Raises UsageError for a dataset that is unknown or not to be written to,
+    and ModelError for an unknown model.
     """
-    if dataset is not None:
-        get_dataset(connection, dataset)
+    dataset_id = None if dataset is None else get_dataset(connection, dataset, writing=writing).dataset_id
     if model is not None:
         get_model(connection, model)
     # The least key and not EXISTS: that one is planned as a join, which reads all extractions there are.
     rows = connection.execute(
         text(
-            "SELECT m.model_id, m.name, m.dim, d.dataset_id, d.name, d.media, d.root"
-            " FROM embstore.model m CROSS JOIN embstore.dataset d"
+            f"SELECT m.model_id, m.name, m.dim, {_COLUMNS}"
+            " FROM embstore.model m CROSS JOIN embstore.datasets d"
             " WHERE (SELECT min(x.item_id) FROM embstore.extraction x"
             " WHERE x.dataset_id = d.dataset_id AND x.model_id = m.model_id) IS NOT NULL"
-            " AND (CAST(:dataset AS text) IS NULL OR d.name = :dataset)"
+            " AND (CAST(:dataset_id AS integer) IS NULL OR d.dataset_id = :dataset_id)"
+            " AND (d.can_write OR NOT :writing)"
             " AND (CAST(:model AS text) IS NULL OR m.name = :model) ORDER BY m.model_id, d.dataset_id"
         ),
-        {"dataset": dataset, "model": model},
+        {"dataset_id": dataset_id, "model": model, "writing": writing},
     )
     found: dict[StoredModel, list[Dataset]] = {}
     for row in rows:
@@ -245,7 +280,7 @@ def end_run(connection: Connection, run_id: int, dataset_id: int, status: str, c
     """Note how a command ended: `done`, `interrupted` or `failed`, and what it counted."""
     connection.execute(
         text(
-            "UPDATE embstore.run SET status = :status, counts = CAST(:counts AS jsonb), finished_at = clock_timestamp()"
+            "UPDATE embstore.run SET status = :status, counts = CAST(:counts AS jsonb)"
             " WHERE dataset_id = :dataset_id AND run_id = :run_id"
         ),
         {"dataset_id": dataset_id, "run_id": run_id, "status": status, "counts": json.dumps(dict(counts))},

@@ -42,8 +42,7 @@ SELECT current_setting('max_connections')::int AS allowed,
 _ABANDONED = """
 SELECT d.name AS dataset, m.name AS model, count(*) AS rows
 FROM {table} q JOIN embstore.dataset d USING (dataset_id) JOIN embstore.model m USING (model_id)
-WHERE q.status = 'running' AND NOT EXISTS (
-    SELECT FROM embstore.lease l WHERE l.token = q.claim_token AND l.expires_at > clock_timestamp())
+WHERE q.status = 'running' AND NOT embstore.is_alive(q.claim_token)
 GROUP BY 1, 2 ORDER BY 1, 2
 """
 _QUEUES = {"embstore.extraction": "extract", "embstore.centroid": "centroids", "embstore.boundary_run": "boundaries"}

@@ -110,12 +110,14 @@ def add(connection: Connection, name: str, family: str, options: Mapping[str, st
     recipe = Named(name, family, dict(options), registry.build(family, options))
     known = catalog.stored_model(connection, name, recipe.fingerprint()) is not None
     model_id = catalog.ensure_model(connection, recipe)
-    connection.execute(
-        text(
-            "UPDATE embstore.model SET family = :family, options = CAST(:options AS jsonb) WHERE model_id = :model_id"
-        ),
-        {"model_id": model_id, "family": family, "options": json.dumps(dict(options))},
-    )
+    if known:  # and otherwise, as a writer may add a model, but not change what others use
+        connection.execute(
+            text(
+                "UPDATE embstore.model SET family = :family, options = CAST(:options AS jsonb)"
+                " WHERE model_id = :model_id"
+            ),
+            {"model_id": model_id, "family": family, "options": json.dumps(dict(options))},
+        )
     return recipe, not known
 
 
@@ -151,8 +153,9 @@ def remove(connection: Connection, name: str, *, with_vectors: bool) -> int:
     # The partition goes first: afterwards there is no vector left that the deletion of its extraction would delete.
     set_local(connection, "lock_timeout", f"{_LOCK_SECONDS}s")
     vectors.drop_partition(connection, model_id)
-    # The log of changes goes last: the deletion of extractions writes into it.
-    tables = [table for table in schema.metadata.sorted_tables if "model_id" in table.c and table is not schema.model]
+    # The log of changes goes last: the deletion of extractions writes into it. What was run stays on record.
+    kept = (schema.model, schema.run)
+    tables = [table for table in schema.metadata.sorted_tables if "model_id" in table.c and table not in kept]
     for table in sorted(tables, key=lambda table: table is schema.speaker_change):
         connection.execute(table.delete().where(table.c.model_id == model_id))
     connection.execute(schema.model.delete().where(schema.model.c.model_id == model_id))

@@ -22,29 +22,27 @@ WITH registered AS (
     WHERE CAST(:dataset_id AS integer) IS NULL OR dataset_id = :dataset_id GROUP BY dataset_id
 ), counted AS (
     SELECT dataset_id, model_id, status, error_code,
-        CASE WHEN status = 'running' THEN NOT EXISTS (
-            SELECT FROM embstore.lease l WHERE l.token = claim_token AND l.expires_at > clock_timestamp())
-        END AS abandoned,
+        CASE WHEN status = 'running' THEN NOT embstore.is_alive(claim_token) END AS abandoned,
         count(*) AS items
     FROM embstore.extraction
     WHERE (CAST(:dataset_id AS integer) IS NULL OR dataset_id = :dataset_id)
         AND (CAST(:model_id AS smallint) IS NULL OR model_id = :model_id)
     GROUP BY 1, 2, 3, 4, 5
 )
-SELECT d.name AS dataset, m.name AS model, coalesce(r.items, 0) AS registered,
+SELECT d.dataset, m.name AS model, coalesce(r.items, 0) AS registered,
     c.status, c.error_code, coalesce(c.abandoned, false) AS abandoned, coalesce(c.items, 0) AS items
-FROM embstore.dataset d
+FROM embstore.datasets d
 LEFT JOIN registered r USING (dataset_id)
 LEFT JOIN counted c USING (dataset_id)
 LEFT JOIN embstore.model m USING (model_id)
 WHERE (CAST(:dataset_id AS integer) IS NULL OR d.dataset_id = :dataset_id)
     AND (CAST(:model_id AS smallint) IS NULL OR c.model_id IS NOT NULL)
-ORDER BY d.name, m.name, c.status, c.items DESC, c.error_code
+ORDER BY d.dataset, m.name, c.status, c.items DESC, c.error_code
 """
 
 # A speaker that changed and whose centroid waits anyway counts once.
 _CENTROIDS = """
-SELECT d.name, m.name, (
+SELECT d.dataset, m.name, (
     SELECT count(*) FROM embstore.centroid_vector v WHERE v.dataset_id = c.dataset_id AND v.model_id = c.model_id
 ), c.waiting + (
     SELECT count(DISTINCT g.speaker) FROM embstore.speaker_change g
@@ -57,7 +55,7 @@ FROM (
     WHERE (CAST(:dataset_id AS integer) IS NULL OR dataset_id = :dataset_id)
         AND (CAST(:model_id AS smallint) IS NULL OR model_id = :model_id)
     GROUP BY 1, 2) c
-JOIN embstore.dataset d USING (dataset_id)
+JOIN embstore.datasets d USING (dataset_id)
 JOIN embstore.model m USING (model_id)
 """
 
@@ -70,12 +68,12 @@ WHERE e.status = ANY (:statuses)
 """
 
 _FAILURES = f"""
-SELECT d.name, m.name, i.path, i.start, r.status, r.error_code, r.error, r.attempts, r.finished_at
+SELECT d.dataset, m.name, i.path, i.start, r.status, r.error_code, r.error, r.attempts, r.finished_at
 FROM (SELECT e.* {_REFUSED}) r
 JOIN embstore.item i USING (dataset_id, item_id)
-JOIN embstore.dataset d USING (dataset_id)
+JOIN embstore.datasets d USING (dataset_id)
 JOIN embstore.model m USING (model_id)
-ORDER BY d.name, m.name, i.position
+ORDER BY d.dataset, m.name, i.position
 LIMIT :limit
 """
 
@@ -84,12 +82,12 @@ _REASONS = f"SELECT e.status, e.error_code, count(*) {_REFUSED} GROUP BY 1, 2 OR
 _SCOPES = f"SELECT DISTINCT e.dataset_id, e.model_id {_REFUSED} ORDER BY 1, 2"
 
 _DATASETS = """
-SELECT d.name, d.media, d.root, coalesce(i.items, 0), coalesce(i.speakers, 0), coalesce(i.vanished, 0)
-FROM embstore.dataset d
+SELECT d.dataset, d.team, d.media, d.root, coalesce(i.items, 0), coalesce(i.speakers, 0), coalesce(i.vanished, 0)
+FROM embstore.datasets d
 LEFT JOIN (
     SELECT dataset_id, count(*) AS items, count(DISTINCT speaker) AS speakers, count(vanished_at) AS vanished
     FROM embstore.item GROUP BY dataset_id) i USING (dataset_id)
-ORDER BY d.name
+ORDER BY d.dataset
 """
 
 _MODELS = """
@@ -166,6 +164,8 @@ class DatasetSummary(NamedTuple):
     """A dataset in numbers. `speakers` counts those that are named."""
 
     name: str
+    team: str | None
+    """That it belongs to; None: to the owner of the database."""
     media: str
     root: str
     items: int

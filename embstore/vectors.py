@@ -18,29 +18,6 @@ from embstore.errors import UsageError
 from embstore.models.base import Face
 from embstore.queue import Queue
 
-_PLAIN_UP_TO = 1900
-"""Vectors of up to this many dimensions fit in a page of 8 kB, beside their key, without being pushed out of line."""
-
-# ATTACH and not PARTITION OF: that one would wait for, and hold up, everybody who uses any other model.
-_PARTITION = """
-CREATE TABLE embstore.embedding_{id} (LIKE embstore.embedding INCLUDING DEFAULTS INCLUDING INDEXES);
-ALTER TABLE embstore.embedding_{id} ALTER COLUMN embedding SET STORAGE {storage},
-    ADD CONSTRAINT embedding_{id}_model CHECK (model_id = {id}),
-    ADD CONSTRAINT embedding_{id}_vector CHECK (vector_dims(embedding) = {dim} AND vector_norm(embedding) > 0);
-ALTER TABLE embstore.embedding ATTACH PARTITION embstore.embedding_{id} FOR VALUES IN ({id});
-"""
-
-# The cast stands in the view and the partition is named: only so will an index on the typed vector be used through it.
-# All its rows are of the model; saying so lets an item's vector be found by the whole primary key.
-_VIEW = """
-CREATE VIEW embstore.{view} WITH (security_invoker) AS
-    SELECT d.name AS dataset, e.item_id, i.position, i.path, i.start, i.speaker, e.embedding::vector({dim}) AS embedding
-    FROM embstore.embedding_{id} e
-    JOIN embstore.item i USING (dataset_id, item_id)
-    JOIN embstore.dataset d USING (dataset_id)
-    WHERE e.model_id = {id}
-"""
-
 _VIEWS_ON = """
 SELECT DISTINCT format('embstore.%I', v.relname) FROM pg_depend d
 JOIN pg_rewrite r ON r.oid = d.objid AND d.classid = 'pg_rewrite'::regclass
@@ -63,18 +40,16 @@ _INT8 = np.dtype(np.int64), None
 
 
 def view_name(model: str) -> str:
-    """Name of the view for people: `embeddings_resemblyzer`."""
+    """Name of the view for people, `embeddings_resemblyzer`, as the database makes it; unless that was taken."""
     return "embeddings_" + re.sub(r"[^a-z0-9]+", "_", model.lower()).strip("_")[:50]
 
 
 def create_partition(connection: Connection, model_id: int, model: str, dim: int) -> None:
-    """Make the place for a new model's vectors, and the view on it."""
-    storage = "PLAIN" if dim <= _PLAIN_UP_TO else "EXTERNAL"
-    view = view_name(model)
-    while connection.execute(text("SELECT to_regclass(:view)"), {"view": f"embstore.{view}"}).scalar() is not None:
-        view = f"{view}_{model_id}"
-    connection.execute(text(_PARTITION.format(id=model_id, dim=dim, storage=storage)))
-    connection.execute(text(_VIEW.format(id=model_id, dim=dim, view=view)))
+    """Make the place for a new model's vectors, and the view on it; only the owner of the database may."""
+    connection.execute(
+        text("SELECT embstore.create_partition(CAST(:id AS smallint), :model, :dim)"),
+        {"id": model_id, "model": model, "dim": dim},
+    )
 
 
 def views(connection: Connection, model_id: int) -> list[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psycopg2
 import pytest
+from people import People, people_of
 from sqlalchemy import make_url
 
 from embstore.db import embedded, migrate
@@ -95,6 +96,13 @@ def database(settings: Settings) -> Iterator[Database]:
     database = Database(settings, pool_size=4)
     yield database
     database.close()
+
+
+@pytest.fixture
+def people(database: Database, settings: Settings) -> Iterator[People]:
+    """Makes teams and logins, which are gone when the test is over."""
+    with people_of(database, settings) as people:
+        yield people
 
 
 def _new_database(home: Path, template: str) -> Iterator[str]:

@@ -34,9 +34,31 @@ def copy_rows(connection: Connection, table: str, columns: Mapping[str, NDArray[
 
     `table` and the names are trusted identifiers. Runs within the caller's transaction.
     """
+    names = ", ".join(columns)
     with _cursor(connection) as cursor:
-        names = ", ".join(columns)
-        cursor.copy_expert(f"COPY {table} ({names}) FROM STDIN (FORMAT BINARY)", encode(columns), size=PIECE)
+        if not _is_guarded(connection, table):
+            cursor.copy_expert(f"COPY {table} ({names}) FROM STDIN (FORMAT BINARY)", encode(columns), size=PIECE)
+            return
+        # PostgreSQL has no COPY into a table with row-level security. The way there leads through a temporary one. It
+        # stays, as to make one for each batch would bloat the catalogue; and whether it is there is asked each time, as
+        # behind a connection pool the session is another one now and then.
+        staged = f"pg_temp.embstore_{table.rpartition('.')[2]}"
+        cursor.execute(
+            f"CREATE TEMPORARY TABLE IF NOT EXISTS {staged}"
+            f" (LIKE {table} INCLUDING DEFAULTS INCLUDING IDENTITY INCLUDING STORAGE) ON COMMIT DELETE ROWS"
+        )
+        cursor.copy_expert(f"COPY {staged} ({names}) FROM STDIN (FORMAT BINARY)", encode(columns), size=PIECE)
+        cursor.execute(f"INSERT INTO {table} ({names}) SELECT {names} FROM {staged}; DELETE FROM {staged}")
+
+
+def _is_guarded(connection: Connection, table: str) -> bool:
+    """Whether row-level security applies to this role; asked once a session."""
+    key = ("row security", table)
+    if key not in connection.info:
+        with _cursor(connection) as cursor:
+            cursor.execute("SELECT row_security_active(%s)", (table,))
+            connection.info[key] = cursor.fetchone()[0]
+    return bool(connection.info[key])
 
 
 def read_rows(connection: Connection, query: str, columns: Mapping[str, Column]) -> dict[str, NDArray[Any]]:

@@ -108,10 +108,31 @@ def upgrade(database: Database, revision: str = "head") -> None:
         # Into `public`, wherever the search path points: a schema of the user's own name would come first.
         connection.execute(text("CREATE EXTENSION IF NOT EXISTS vector SCHEMA public"))
         connection.execute(text(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}"))
+        _become_owner(connection)
         _alembic(connection, "upgrade", revision)
+        secure(connection)
         faults.reach("migration")
 
     _locked(database, migrate)
+
+
+def secure(connection: Connection) -> None:
+    """Set the rules and rights of whatever has none yet, such as tables that a migration has just made."""
+    if connection.execute(text(f"SELECT to_regprocedure('{SCHEMA}.secure()')")).scalar() is not None:
+        connection.execute(text(f"SELECT {SCHEMA}.secure()"))
+
+
+def _become_owner(connection: Connection) -> None:
+    """Let all that is made belong to the schema's owner, whoever of those who may act for it has typed the command."""
+    owner = connection.execute(
+        text(
+            "SELECT quote_ident(pg_get_userbyid(nspowner)) FROM pg_namespace"
+            " WHERE nspname = :schema AND pg_get_userbyid(nspowner) <> current_user"
+        ),
+        {"schema": SCHEMA},
+    ).scalar()
+    if owner is not None:
+        connection.execute(text(f"SET LOCAL ROLE {owner}"))
 
 
 def downgrade(database: Database, revision: str) -> None:

@@ -1,10 +1,13 @@
 """The tables, as SQLAlchemy Core. Migrations make them; a test holds the two against each other.
 
-Catalogue: `dataset`, `model`, `run`, `lease`. Every table below it carries `dataset_id` in each of its keys, so that
-the tables can be spread over several servers by it without a rewrite.
+Catalogue: `team`, `dataset`, `dataset_share`, `model`, `run`, `lease`. Every table below it carries `dataset_id` in
+each of its keys, so that the tables can be spread over several servers by it without a rewrite.
 
 Items, extractions and embeddings are bulk data: what belongs to a deleted row is deleted by statement triggers, not by
 foreign keys, whose check of every inserted row costs more than the insert.
+
+Every table with a `dataset_id` has row-level security: the function `embstore.protect` of the migrations sets its
+rules, and `embstore.secure`, which every upgrade calls, finds the tables that have none yet.
 
 Status is never on a row that holds a vector: every claim and every result rewrites its row, and under a vector index
 inserts the vector there again. So `extraction` and `embedding` are two tables, and `centroid` and `centroid_vector`.
@@ -17,6 +20,7 @@ from typing import Any
 from sqlalchemy import (
     REAL,
     BigInteger,
+    Boolean,
     CheckConstraint,
     Column,
     DateTime,
@@ -34,11 +38,11 @@ from sqlalchemy import (
     func,
     text,
 )
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.dialects.postgresql import JSONB, OID
 from sqlalchemy.types import UserDefinedType
 
 SCHEMA = "embstore"
-HEAD = "0008"
+HEAD = "0009"
 """The newest migration. Revisions are numbered, so that older and newer can be told apart without loading Alembic."""
 
 MINIMUM_SERVER = 16
@@ -62,14 +66,44 @@ def _timestamp(name: str, **more: Any) -> Column[Any]:
     return Column(name, DateTime(timezone=True), **more)
 
 
+team = Table(
+    "team",
+    metadata,
+    Column("team", Text, primary_key=True),
+    Column("role", OID, nullable=False, comment="of the role of that name, when it became a team"),
+    _timestamp("created_at", nullable=False, server_default=func.now()),
+)
+"""Teams are roles. Name and number have to agree: a role made later under the name of a dropped one is not the team."""
+
 dataset = Table(
     "dataset",
     metadata,
     Column("dataset_id", Integer, Identity(always=True), primary_key=True),
-    Column("name", Text, nullable=False, unique=True),
+    Column("name", Text, nullable=False),
     Column("media", Text, CheckConstraint("media IN ('audio', 'image')", name="dataset_media"), nullable=False),
     Column("root", Text, nullable=False, comment="absolute folder that the paths of the items are relative to"),
     _timestamp("created_at", nullable=False, server_default=func.now()),
+    Column(
+        "team",
+        Text,
+        ForeignKey(team.c.team, name="dataset_team"),
+        comment="that it belongs to; null: to the owner of the database",
+    ),
+    # The hash, as a lookup by the name itself could use the index before the rows of others are taken out.
+    Index("dataset_team_name", "team", text("md5(name)"), unique=True, postgresql_nulls_not_distinct=True),
+)
+
+dataset_share = Table(
+    "dataset_share",
+    metadata,
+    Column("dataset_id", Integer, ForeignKey(dataset.c.dataset_id, ondelete="CASCADE"), nullable=False),
+    Column("team", Text, ForeignKey(team.c.team), nullable=False),
+    Column("can_write", Boolean, nullable=False, server_default=text("false")),
+    Column("owner", Text, comment="team of the dataset"),
+    Column("shared_by", Text, nullable=False, server_default=text("SESSION_USER")),
+    _timestamp("shared_at", nullable=False, server_default=func.now()),
+    PrimaryKeyConstraint("dataset_id", "team"),
+    comment="which teams see which datasets, their own included",
 )
 
 model = Table(
@@ -91,8 +125,8 @@ run = Table(
     "run",
     metadata,
     Column("run_id", Integer, Identity(always=True), nullable=False),
-    Column("dataset_id", Integer, ForeignKey(dataset.c.dataset_id, ondelete="CASCADE"), nullable=False),
-    Column("model_id", SmallInteger, ForeignKey(model.c.model_id, ondelete="CASCADE"), nullable=False),
+    Column("dataset_id", Integer, nullable=False),
+    Column("model_id", SmallInteger),
     Column("command", Text, nullable=False),
     Column("parameters", JSONB, nullable=False),
     Column("role", Text, nullable=False, server_default=func.current_user()),
@@ -102,16 +136,33 @@ run = Table(
     Column("counts", JSONB, nullable=False, server_default=text("'{}'::jsonb")),
     _timestamp("started_at", nullable=False, server_default=func.now()),
     _timestamp("finished_at"),
+    Column(
+        "login", Text, nullable=False, server_default=text("SESSION_USER"), comment="who connected; role: in whose name"
+    ),
+    Column("dataset", Text, comment="its name at that time"),
+    Column("model", Text, comment="its name"),
     PrimaryKeyConstraint("dataset_id", "run_id"),
     CheckConstraint("status IN ('running', 'done', 'interrupted', 'failed')", name="run_status"),
 )
+"""The audit trail: a row a command. It outlives its dataset and its model, and its subject can only finish it."""
 
 lease = Table(
     "lease",
     metadata,
-    Column("token", BigInteger, Identity(always=True), primary_key=True),
+    # Not to be guessed: whoever sees a claim may ask whether its worker lives (`embstore.is_alive`), and nobody else.
+    Column(
+        "token",
+        BigInteger,
+        primary_key=True,
+        autoincrement=False,
+        server_default=text(
+            r"('x' || left(gen_random_uuid()\:\:text, 8) || right(gen_random_uuid()\:\:text, 8))"
+            r"\:\:bit(64)\:\:bigint & 9223372036854775807"
+        ),
+    ),
     Column("worker", Text, nullable=False, comment="host:pid"),
     _timestamp("expires_at", nullable=False, comment="by the clock of the server"),
+    Column("role", Text, nullable=False, server_default=func.current_user()),
 )
 """One row a worker process. Renewing it is one small update, however many rows the worker has claimed."""
 

@@ -157,7 +157,7 @@ def test_a_newer_embstores_backup_is_refused(database: Database, to: Cli, tmp_pa
     with database.begin() as connection:
         connection.exec_driver_sql("UPDATE embstore.alembic_version SET version_num = '9999'")
     file = tmp_path / "newer.dump"
-    dump.backup(programs(database), file, force=False)
+    dump.backup(database, programs(database), file, force=False)
     result = to("db", "restore", str(file))
     assert result.exit_code == 3
     assert f"'{file}' was made by a newer embstore (revision 9999, this one knows " in result.stderr

@@ -163,9 +163,11 @@ def test_removing_takes_all_that_was_computed_and_nothing_else(store: Database, 
     assert {name for name, one in listed(cli).items() if one["stored"]} == {"bands"}
     with store.begin() as connection:
         for table in schema.metadata.sorted_tables:
-            if "model_id" in table.c and table is not schema.model:
+            if "model_id" in table.c and table not in (schema.model, schema.run):
                 assert connection.execute(table.select()).all() == [], table.name
         assert connection.execute(text("SELECT count(*) FROM embstore.item")).scalar() == 13
+        # What was run stays on record.
+        assert connection.execute(text("SELECT command, model FROM embstore.run")).all() == [("centroids", "small")]
         assert connection.execute(text("SELECT to_regclass('embstore.embeddings_small')")).scalar() is None
         assert connection.execute(text("SELECT to_regclass('embstore.embeddings_bands')")).scalar() is not None
     assert cli("models", "remove", "bands").stdout == "model 'bands' is removed\n"

@@ -509,7 +509,7 @@ def test_a_range_that_takes_longer_than_a_lease_keeps_it(crowd: Crowd, monkeypat
     monkeypatch.setattr(centroids, "Claimant", partial(Claimant, lease_seconds=1.0))
     monkeypatch.setattr(centroids, "_BEAT", 0.05)
     job = centroids.Job(store.settings, store.model_id, ((store.dataset_id, 1, 10),), 1)
-    lease = "SELECT expires_at FROM embstore.lease ORDER BY token DESC LIMIT 1"
+    lease = "SELECT expires_at FROM embstore.centroid JOIN embstore.lease ON token = claim_token WHERE speaker = 'bob'"
     with ThreadPoolExecutor(1) as threads:
         with store.database.begin() as connection:
             # Not the claim's lock, which comes first, but that of the worker's UPDATE.

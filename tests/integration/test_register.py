@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 from helpers import ITEMS, Facts, ask, at_once, entry, fill, finish_all, scan, vectors_of, wait_until_blocked
-from sqlalchemy import text
+from people import People
 
 from embstore import catalog, vectors
 from embstore.db.engine import Database
@@ -145,27 +144,15 @@ def test_what_a_worker_did_not_find_is_pending_again_once_it_is_there(database: 
     finish_all(database, queue)
 
 
-def test_a_role_whose_rows_are_checked_one_by_one_registers_too(database: Database) -> None:
+def test_a_role_whose_rows_are_checked_one_by_one_registers_too(database: Database, people: People) -> None:
     """COPY is refused where row-level security is at work."""
-    role = f"checked_{os.getpid()}"
     entries = [entry(f"{i}.wav") for i in range(3)]
-    try:
-        with database.begin() as connection:
-            connection.execute(
-                text(f"""
-                CREATE ROLE {role};
-                GRANT USAGE ON SCHEMA embstore TO {role};
-                GRANT ALL ON ALL TABLES IN SCHEMA embstore TO {role};
-                ALTER TABLE embstore.item ENABLE ROW LEVEL SECURITY;
-                CREATE POLICY everything ON embstore.item USING (true)""")
-            )
-            connection.execute(text(f"SET LOCAL ROLE {role}"))
-            dataset = catalog.ensure_dataset(connection, "calls", "audio", "/data/calls")
-            assert register(connection, dataset.dataset_id, entries).new == 3
-        assert scan(database, entries).unchanged == 3
-    finally:
-        with database.begin() as connection:
-            connection.execute(text(f"DROP OWNED BY {role}; DROP ROLE {role}"))
+    writer = people.connect(people.login("ann", people.team("asr")))
+    with writer.begin() as connection:
+        dataset = catalog.ensure_dataset(connection, "calls", "audio", "/data/calls")
+        assert register(connection, dataset.dataset_id, entries).new == 3
+    assert scan(writer, entries).unchanged == 3
+    assert scan(database, entries).unchanged == 3
 
 
 def test_stretches_of_one_file_are_items_of_their_own(database: Database) -> None:

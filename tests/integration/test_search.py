@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from helpers import Facts, ask, entry, fill
 from numpy.typing import NDArray
+from people import People
 from sqlalchemy import Connection, text
 
-from embstore import lookup, vectors
+from embstore import catalog, lookup, sharing, vectors
 from embstore.db.engine import Database
 from embstore.errors import DatabaseError, ModelError, UsageError
 from embstore.queue import take_lease
@@ -149,34 +150,29 @@ def test_with_too_few_from_the_index_a_scan_answers(store: Store) -> None:
     assert cosines(results) == pytest.approx(store.nearest(QUERY, PLACES >= 2985), abs=1e-6)
 
 
-def test_a_reader_who_sees_one_percent_gets_k_rows(store: Store, settings: Settings) -> None:
+def test_a_reader_who_sees_one_percent_gets_k_rows(store: Store, people: People) -> None:
     """Row-level security filters after the index: it counts as a filter."""
+    few = store.vectors[PLACES % 100 == 7]
+    store._write("few", [entry(f"{i}.wav", "s1") for i in range(len(few))], few)
     store.index(FULL)
-    role = "reader_of_one_percent"
+    team = people.team("guests")
+    reader = people.connect(people.login("rea", team, "reader"))
     with store.database.begin() as connection:
-        connection.exec_driver_sql(f"DROP ROLE IF EXISTS {role}; CREATE ROLE {role} LOGIN PASSWORD 'reader'")
-        connection.exec_driver_sql(
-            f"GRANT USAGE ON SCHEMA embstore TO {role}; GRANT SELECT ON ALL TABLES IN SCHEMA embstore TO {role};"
-            "ALTER TABLE embstore.embedding_1 ENABLE ROW LEVEL SECURITY;"
-            "ALTER TABLE embstore.item ENABLE ROW LEVEL SECURITY;"
-            f"CREATE POLICY few ON embstore.item TO {role} USING (duration = 7);"
-            f"CREATE POLICY few ON embstore.embedding_1 TO {role} USING (mod(item_id, 100) = 8)"
-        )
-    try:
-        with store.database.begin() as connection:
-            connection.exec_driver_sql(f"SET LOCAL ROLE {role}")
-            visible = connection.exec_driver_sql("SELECT count(*) FROM embstore.embeddings_small").scalar_one()
-            rows = connection.execute(
-                text("SELECT cosine, is_exact FROM embstore.nearest(CAST(:q AS public.vector), 'small')"),
-                {"q": str(QUERY.tolist())},
-            ).all()
-            how = connection.exec_driver_sql("SELECT current_setting('embstore.search')::json ->> 'method'").scalar()
-        assert visible == 30
-        assert (len(rows), how) == (10, "prefilter")
-        assert [row.cosine for row in rows] == pytest.approx(store.nearest(QUERY, PLACES % 100 == 7), abs=1e-6)
-    finally:
-        with store.database.begin() as connection:
-            connection.exec_driver_sql(f"DROP OWNED BY {role}; DROP ROLE {role}")
+        sharing.share(connection, catalog.get_dataset(connection, "few").dataset_id, "few", team, writing=False)
+    results = search(reader, QUERY)
+    assert (len(results), results.exact, results.method) == (10, True, "prefilter")
+    assert cosines(results) == pytest.approx(store.nearest(QUERY, PLACES % 100 == 7), abs=1e-6)
+    # In SQL too, and where the index is taken: a login's own settings let it go on until there are k.
+    with reader.begin() as connection:
+        assert connection.exec_driver_sql("SELECT count(*) FROM embeddings_small").scalar_one() == len(few)
+        connection.exec_driver_sql("SET LOCAL enable_seqscan = off; SET LOCAL enable_sort = off")
+        nearest = f"SELECT 1 - (embedding <=> '{QUERY.tolist()}') FROM embeddings_small ORDER BY 1 DESC LIMIT 10"
+        by_index = f"SELECT 1 - (embedding <=> '{QUERY.tolist()}') FROM (SELECT embedding FROM embeddings_small"
+        by_index += f" ORDER BY embedding <=> '{QUERY.tolist()}' LIMIT 10) n"
+        plan = "\n".join(connection.exec_driver_sql(f"EXPLAIN {by_index}").scalars())
+        assert "Order By: ((embedding)::vector" in plan
+        found = connection.exec_driver_sql(by_index).scalars().all()
+        assert list(found) == pytest.approx(list(connection.exec_driver_sql(nearest).scalars()), abs=1e-6)
 
 
 def test_settings_are_as_before_and_the_users_own_are_kept(store: Store) -> None:
