@@ -18,6 +18,11 @@ from embstore.models.base import Face, Model, Prepared
 _SYSTEMATIC = 4
 """When a batch of at least this many items fails and so does each of them alone, no item is to blame."""
 
+_BY_THE_MODEL = ("model_error", "out_of_memory")
+"""Reasons that may not be the item's fault at all."""
+_NO_MEMORY = ("OutOfMemoryError", "MemoryError")
+"""Names of what is raised where memory runs out: PyTorch's, which is not imported here, and Python's."""
+
 
 @dataclass(frozen=True, slots=True)
 class Ready:
@@ -44,7 +49,7 @@ def embed_each(model: Model, batch: Sequence[Ready], dim: int, proof: Prepared |
     memory: when what fails now is the proof too, or, without one, every single item.
     """
     outcomes = list(_halving(model, batch, dim))
-    errors = [o.result for o in outcomes if isinstance(o.result, ItemFailed) and o.result.code == "model_error"]
+    errors = [o.result for o in outcomes if isinstance(o.result, ItemFailed) and o.result.code in _BY_THE_MODEL]
     if errors and proof is not None:
         _require_works(model, proof, errors[0])
     elif len(errors) == len(batch) >= _SYSTEMATIC:
@@ -54,7 +59,7 @@ def embed_each(model: Model, batch: Sequence[Ready], dim: int, proof: Prepared |
 
 def embeddable(batch: Sequence[Ready], outcomes: Sequence[Outcome]) -> Prepared | None:
     """The cheapest item of a batch on which the model did not fail."""
-    failed = {o.key for o in outcomes if isinstance(o.result, ItemFailed) and o.result.code == "model_error"}
+    failed = {o.key for o in outcomes if isinstance(o.result, ItemFailed) and o.result.code in _BY_THE_MODEL}
     return min((item.prepared for item in batch if item.key not in failed), key=lambda p: p.cost, default=None)
 
 
@@ -75,7 +80,8 @@ def _halving(model: Model, batch: Sequence[Ready], dim: int) -> Iterator[Outcome
     except BaseException as error:  # noqa: BLE001
         if len(batch) == 1:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            yield _outcome(batch[0], ItemFailed("model_error", reason))
+            code = "out_of_memory" if type(error).__name__ in _NO_MEMORY else "model_error"
+            yield _outcome(batch[0], ItemFailed(code, reason))
             return
         middle = len(batch) // 2
         yield from _halving(model, batch[:middle], dim)

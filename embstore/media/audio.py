@@ -156,7 +156,7 @@ class _Collector:
         """The samples, and how many seconds they were."""
         resampler: soxr.ResampleStream | SincResampler | None = None
         frames, rate = 0, self.sample_rate
-        with _Pieces() as pieces:
+        with Pieces() as pieces:
             for rate, block in blocks:
                 mono = _mono(block, self.channels)
                 frames += len(mono)
@@ -174,15 +174,15 @@ class _Collector:
         return soxr.ResampleStream(rate, self.sample_rate, 1, dtype="float32", quality="HQ")
 
 
-class _Pieces:
-    """Samples in pieces: in memory, and from `_MEMORY_BYTES` on in a file that nobody else sees."""
+class Pieces:
+    """Samples that come in pieces: in memory, and from `_MEMORY_BYTES` on in a file that nobody else sees."""
 
     def __init__(self) -> None:
         self._pieces: list[NDArray[np.float32]] = []
         self._bytes = 0
         self._file: IO[bytes] | None = None
 
-    def __enter__(self) -> _Pieces:
+    def __enter__(self) -> Pieces:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -79,7 +79,7 @@ class Fbank:
         lengths = [self.settings.frames(len(samples)) for samples in recordings]
         width = max(lengths) if frames is None else frames
         padded = self._upload(recordings, lengths, width)
-        valid = torch.tensor(lengths, device=self._device)[:, None]
+        valid = integers(lengths, self._device)[:, None]
         step = max(1, _CHUNK // width)
         features = torch.empty(len(lengths), width, self.settings.num_mel_bins, device=self._device)
         # The framework's lower precisions would change the features far more than the weights' rounding does.
@@ -100,10 +100,11 @@ class Fbank:
 
         total = (width - 1) * self.settings.hop + self.settings.width
         cuda = self._device.type == "cuda"
-        padded = torch.zeros(len(recordings), total, pin_memory=cuda)
+        padded = torch.empty(len(recordings), total, pin_memory=cuda)
         for row, samples, count in zip(padded.numpy(), recordings, lengths, strict=True):
             used = (count - 1) * self.settings.hop + self.settings.width
             row[:used] = samples[:used]
+            row[used:] = 0
         return padded.to(self._device, non_blocking=cuda)
 
     def _log_mel(self, padded: torch.Tensor, begin: int, count: int) -> torch.Tensor:
@@ -123,6 +124,14 @@ class Fbank:
         power = spectrum.real.square() + spectrum.imag.square()
         log_mel: torch.Tensor = (power @ self._filters).clamp_min(_FLOOR).log()
         return log_mel
+
+
+def integers(values: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Whole numbers as int64 [n] on a device, without waiting for what it is computing."""
+    import torch
+
+    cuda = device.type == "cuda"
+    return torch.tensor(values, pin_memory=cuda).to(device, non_blocking=cuda)
 
 
 def _window(settings: Settings) -> NDArray[np.float32]:

@@ -28,7 +28,7 @@ def sound(tmp_path: Path) -> Path:
         ("poison-segv", "worker_died"),
         ("poison-hang", "worker_died"),
         ("poison-raise", "model_error"),
-        ("poison-oom", "model_error"),
+        ("poison-oom", "out_of_memory"),
         ("poison-panic", "model_error"),
         ("decoder-panic", "decode_error"),
         ("poison-nan", "not_finite"),

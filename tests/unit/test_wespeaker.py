@@ -9,19 +9,26 @@ import pickle
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import pytest
 import soundfile
+import torch
 from numpy.typing import NDArray
 
 from embstore.errors import ItemFailed, ItemSkipped, ModelError, UsageError
-from embstore.models import registry
-from embstore.models.wespeaker import WespeakerRecipe, recipe
+from embstore.extract.batching import Ready, embed_each
+from embstore.models import fbank, registry, vad
+from embstore.models.base import Prepared
+from embstore.models.wespeaker import WespeakerRecipe, compiled, recipe
 from embstore.models.wespeaker import model as wespeaker_model
+from embstore.models.wespeaker.compiled import Compiled
+from embstore.models.wespeaker.families import Batching
 from embstore.models.wespeaker.model import Wespeaker
+from embstore.models.wespeaker.network import has_bf16
 
 DATA = Path(os.environ.get("EMBSTORE_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
 GOLDEN = DATA / "wespeaker-golden"
@@ -31,6 +38,7 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("onnxruntime") is None, reason="onnxruntime is not installed"),
 ]
 HAS_PACKAGE = importlib.util.find_spec("wespeaker") is not None
+needs_openvino = pytest.mark.skipif(not compiled.is_installed(), reason="openvino is not installed")
 needs_package = pytest.mark.skipif(not HAS_PACKAGE, reason="the package wespeaker is not installed")
 
 
@@ -57,17 +65,50 @@ def cosines(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float3
     return products
 
 
-@pytest.mark.parametrize("place", [ONNX, pytest.param(GOLDEN / "model", marks=needs_package)], ids=["onnx", "pt"])
-def test_golden_vectors(place: Path) -> None:
+PT = GOLDEN / "model"
+
+
+@pytest.mark.parametrize(
+    ("place", "runtime"),
+    [
+        (ONNX, "onnxruntime"),
+        pytest.param(ONNX, "openvino", marks=needs_openvino),
+        pytest.param(PT, "pytorch", marks=needs_package),
+        pytest.param(PT, "openvino", marks=[needs_package, needs_openvino]),
+    ],
+    ids=lambda value: getattr(value, "suffix", value) or "pt",
+)
+def test_golden_vectors(place: Path, runtime: str) -> None:
     """All 18, those at 8 kHz too; not only their direction, as they are not normalised."""
     golden = np.load(GOLDEN / "embeddings.npz")
-    model = load(model_dir=str(place), precision="fp32")
+    model = load(model_dir=str(place), precision="fp32", runtime=runtime)
     items = [model.prepare(DATA / "speech" / name, None, None) for name in golden]
     rows, expected = model.embed(items), np.stack([golden[name] for name in golden])
     assert len(golden) == 18
     assert rows.dtype == np.float32
     assert cosines(rows, expected).min() > 0.99999
     assert np.allclose(np.linalg.norm(rows, axis=1), np.linalg.norm(expected, axis=1), rtol=1e-4)
+
+
+def test_golden_vectors_in_the_precision_that_is_the_default() -> None:
+    """Whatever this processor is good at: bfloat16 where it has it."""
+    golden = np.load(GOLDEN / "embeddings.npz")
+    model = load()
+    rows = model.embed([model.prepare(DATA / "speech" / name, None, None) for name in golden])
+    assert cosines(rows, np.stack([golden[name] for name in golden])).min() > 0.9999
+
+
+@needs_openvino
+@pytest.mark.skipif(not has_bf16(), reason="this processor has no bfloat16")
+def test_the_default_takes_what_the_processor_has() -> None:
+    assert isinstance(load()._encoder, Compiled)
+    path = DATA / "speech" / next(iter(np.load(GOLDEN / "embeddings.npz")))
+    rows = [
+        (model := load(**options)).embed([model.prepare(path, None, None)])[0]
+        for options in ({}, {"precision": "bf16"}, {"precision": "fp32"})
+    ]
+    assert np.array_equal(rows[0], rows[1])
+    assert not np.array_equal(rows[0], rows[2])
 
 
 def test_batches_and_order_make_no_difference(model: Wespeaker, tmp_path: Path) -> None:
@@ -91,6 +132,107 @@ def test_what_goes_through_the_network_together(batching: Any, groups: int) -> N
     assert all(len(group) * group[0].frames <= 1000 for group in made)
     narrow = list(wespeaker_model._groups(windows, batching, 200))
     assert all(len(group) * group[0].frames <= 200 for group in narrow)
+
+
+def test_large_batches_have_little_padding() -> None:
+    """Of recordings of 1 to 15 s, in batches that keep a GPU busy; few of them make one batch all the same."""
+    samples = np.zeros(0, np.float32)
+    frames = np.random.default_rng(0).integers(98, 1499, 3000)
+
+    def padding(count: int, batch: int) -> float:
+        computed = 0
+        for i in range(0, count, batch):
+            windows = [wespeaker_model._Window(i, samples, int(n)) for n in frames[i : i + batch]]
+            groups = wespeaker_model._groups(windows, "masked", 120_000)
+            computed += sum(len(group) * group[0].frames for group in groups)
+        return 1 - float(frames[:count].sum()) / computed
+
+    assert padding(3000, 150) < 0.15
+    assert padding(3000, 3000) < 0.05
+
+
+class Small:
+    """An encoder on a device on which not many frames find room at a time."""
+
+    batching: Batching = "masked"
+
+    def __init__(self, room: int, words: str | None = None) -> None:
+        self.room, self.words = room, words
+        self.passed: list[int] = []
+
+    def encode(self, features: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+        taken = features.shape[0] * features.shape[1]
+        if taken > self.room:
+            raise RuntimeError(self.words) if self.words else torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        self.passed.append(taken)
+        return torch.stack([row[:n].std(0)[:4] for row, n in zip(features, lengths, strict=True)])
+
+
+def small(room: int, words: str | None = None) -> tuple[Wespeaker, Small]:
+    encoder = Small(room, words)
+    model = Wespeaker(encoder, 4, fbank.Settings(), "first", 120.0, "cpu")
+    model.max_cost = 1_000_000
+    return model, encoder
+
+
+@pytest.mark.parametrize("words", [None, "CUDNN_STATUS_ALLOC_FAILED", "Failed to allocate memory for requested buffer"])
+def test_a_batch_that_does_not_fit_is_halved_and_so_are_those_that_follow(words: str | None) -> None:
+    items = [Prepared(noise(1.0 + 0.01 * (i % 7), i), 1.0, 98) for i in range(40)]
+    expected = small(1_000_000)[0].embed(items)
+    model, encoder = small(1000, words)
+    assert np.array_equal(model.embed(items), expected)
+    assert max(encoder.passed) <= 1000
+    assert model.max_cost < 4000
+    tried = len(encoder.passed)
+    encoder.room = 2000  # as much as it asks for by now
+    assert np.array_equal(model.embed(items), expected)
+    assert len(encoder.passed) <= 2 * tried
+
+
+def test_what_does_not_fit_alone_fails_alone() -> None:
+    """Through the pipeline's own halving, with the reason that says what to do; other errors are not taken for it."""
+    model, _ = small(300)
+    seconds = [1.0, 9.0, 2.0, 2.5]
+    batch = [Ready(i, Prepared(noise(s, i), s, round(98 * s))) for i, s in enumerate(seconds)]
+    outcomes = {o.key: o.result for o in embed_each(model, batch, 4)}
+    assert isinstance(outcomes[1], ItemFailed)
+    assert outcomes[1].code == "out_of_memory"
+    assert "give a smaller max_window" in outcomes[1].detail
+    assert [key for key, result in outcomes.items() if isinstance(result, np.ndarray)] == [0, 2, 3]
+    model, _ = small(300, "an illegal memory access was encountered")
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        model.embed([item.prepared for item in batch])
+
+
+def test_silences_are_cut_out_if_asked_for(test_data: Path, tmp_path: Path) -> None:
+    """Not by default. What is cut is not loud: the same speech, ten times fainter, is cut in the same places."""
+    plain, trimming = load(), load(vad="on")
+    speech, rate = soundfile.read(next((test_data / "speech" / "librispeech").rglob("*.flac")), dtype="float32")
+    assert rate == 16_000
+    padded = np.concatenate([np.zeros(48_000), speech[:64_000], np.zeros(48_000)]).astype(np.float32)
+    padded += np.random.default_rng(0).normal(0, 1e-5, len(padded)).astype(np.float32)
+    loud, faint = write(tmp_path / "loud.wav", padded), write(tmp_path / "faint.wav", padded / 10)
+    kept = trimming.prepare(loud, None, None)
+    assert len(plain.prepare(loud, None, None).array) == len(padded)
+    assert 16_000 < len(kept.array) < 80_000
+    assert kept.seconds == len(padded) / rate
+    assert set(kept.array.tolist()) <= set(padded.tolist())
+    assert len(trimming.prepare(faint, None, None).array) == len(kept.array)
+    assert trimming.embed([kept]).shape == (1, 256)
+    with pytest.raises(ItemSkipped) as skipped:
+        trimming.prepare(write(tmp_path / "hum.wav", noise(2.0) * 1e-4), None, None)
+    assert skipped.value.code == "no_speech"
+
+
+def test_silences_are_cut_out_of_long_recordings_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same as all at once, and as Resemblyzer's, where the audio is faint."""
+    samples = np.concatenate([noise(3.0), np.zeros(40_000, np.float32), noise(2.0, 1)]) * 0.3
+    together = vad.trimmed(samples)
+    monkeypatch.setattr(vad, "_CHUNK", 7 * vad.WINDOW)
+    assert np.array_equal(vad.trimmed(samples), together)
+    assert np.array_equal(vad.trimmed(samples[:100]), samples[:0])
+    faint = samples / 100
+    assert len(vad.trimmed(faint)) == len(vad.keep_speech(vad.raise_volume(faint))) == len(together)
 
 
 def test_a_long_recording_is_the_mean_of_its_windows(tmp_path: Path) -> None:
@@ -186,13 +328,20 @@ def test_fingerprint_is_of_weights_and_preprocessing(tmp_path: Path) -> None:
     assert recipe({"model_dir": str(shutil.copy(ONNX, tmp_path / "other.onnx"))}).fingerprint() == same
     assert pickle.loads(pickle.dumps(recipe({"model_dir": str(ONNX)}))).fingerprint() == same
     assert recipe({"model_dir": str(ONNX), "precision": "fp32"}).fingerprint() == same
-    others = [{"window": "povey"}, {"sample_scale": "unit"}, {"channel": "mean"}, {"max_window": "60"}]
+    assert recipe({"model_dir": str(ONNX), "runtime": "onnxruntime", "cuda_graphs": "on"}).fingerprint() == same
+    others = [
+        {"window": "povey"},
+        {"sample_scale": "unit"},
+        {"channel": "mean"},
+        {"max_window": "60"},
+        {"vad": "on"},
+    ]
     prints = {recipe({"model_dir": str(ONNX), **options}).fingerprint() for options in others}
     folder = shutil.copytree(GOLDEN / "model", tmp_path / "model")
     prints.add(recipe({"model_dir": str(folder)}).fingerprint())
     (folder / "avg_model.pt").write_bytes((folder / "avg_model.pt").read_bytes() + b"x")
     prints.add(recipe({"model_dir": str(folder)}).fingerprint())
-    assert len(prints | {same}) == 7
+    assert len(prints | {same}) == 8
 
 
 def test_families_bring_their_preprocessing(tmp_path: Path) -> None:
@@ -227,7 +376,12 @@ def test_families_bring_their_preprocessing(tmp_path: Path) -> None:
         ({"model_dir": str(ONNX), "sample_scale": "8bit"}, "int16, unit"),
         ({"model_dir": str(ONNX), "channel": "last"}, "first, mean"),
         ({"model_dir": str(ONNX), "precision": "int8"}, "auto, fp32, bf16, fp16"),
-        ({"model_dir": str(ONNX), "precision": "bf16"}, "leave precision=bf16 out"),
+        ({"model_dir": str(ONNX), "precision": "fp16"}, "leave precision=fp16 out"),
+        ({"model_dir": str(ONNX), "runtime": "pytorch"}, "is an ONNX graph, not for pytorch"),
+        ({"model_dir": str(GOLDEN / "model"), "runtime": "onnxruntime"}, "is a checkpoint, not for onnxruntime"),
+        ({"model_dir": str(ONNX), "runtime": "tensorrt"}, "auto, pytorch, onnxruntime, openvino"),
+        ({"model_dir": str(ONNX), "vad": "yes"}, "off, on"),
+        ({"model_dir": str(ONNX), "cuda_graphs": "yes"}, "off, on"),
         ({"model_dir": str(ONNX), "num_mel_bins": "many"}, "not a number"),
         ({"model_dir": str(ONNX), "num_mel_bins": "40"}, "takes 80 mel bins, not 40"),
         ({"model_dir": str(ONNX), "max_window": "0.1"}, "max_window=0.1"),

@@ -198,7 +198,7 @@ def test_a_mixed_batch_equals_one_by_one(name: str) -> None:
     alone = torch.cat([network(padded[i : i + 1, :length]) for i, length in enumerate(LENGTHS)])
     leaking = network(padded)
     mask = Mask(network)
-    mask.start(LENGTHS, padded.shape[1], padded.device)
+    mask.start(torch.tensor(LENGTHS), padded.shape[1])
     scale = alone.abs().max()
     assert (network(padded) - alone).abs().max() < 1e-5 * scale
     assert (leaking - alone).abs().max() > 1e-2 * scale
@@ -209,9 +209,9 @@ def test_a_batch_of_equal_lengths_after_a_mixed_one() -> None:
     network, padded = trained(NETWORKS["TSTP"]), features()
     plain = network(padded)
     mask = Mask(network)
-    mask.start(LENGTHS, padded.shape[1], padded.device)
+    mask.start(torch.tensor(LENGTHS), padded.shape[1])
     network(padded)
-    mask.start([padded.shape[1]] * len(LENGTHS), padded.shape[1], padded.device)
+    mask.start(None, padded.shape[1])
     assert torch.allclose(network(padded), plain, atol=1e-5)
 
 

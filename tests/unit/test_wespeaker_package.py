@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from embstore.errors import ModelError
 from embstore.models import fbank
 from embstore.models.base import Prepared
-from embstore.models.wespeaker import families, package, recipe
+from embstore.models.wespeaker import WespeakerRecipe, compiled, families, package, proof, recipe
 from embstore.models.wespeaker.model import Wespeaker
 from embstore.models.wespeaker.network import Network
 
@@ -112,7 +112,7 @@ def load_error(folder: Path) -> str:
 
 
 def test_a_folder_is_loaded_without_the_packages_init(tiny: Path, tmp_path: Path) -> None:
-    model = recipe({"model_dir": str(tiny)}).load("cpu")
+    model = recipe({"model_dir": str(tiny), "precision": "fp32"}).load("cpu")
     samples = np.random.default_rng(0).normal(0, 0.1, 16_000).astype(np.float32)
     soundfile.write(tmp_path / "a.wav", samples, 16_000, subtype="FLOAT")
     row = model.embed([model.prepare(tmp_path / "a.wav", None, None)])[0]
@@ -180,6 +180,131 @@ def test_pooling_that_cannot_be_masked_batches_equal_lengths(tiny: Path) -> None
     for pooling, batching in (("TSTP", "masked"), ("Last", "equal")):
         network = Network(trained(build(80, 16, pooling)), 80, batching="masked", device="cpu", precision="fp32")
         assert network.batching == batching
+
+
+@pytest.mark.skipif(not compiled.is_installed(), reason="openvino is not installed")
+class TestCompiled:
+    """By OpenVINO, on the processor."""
+
+    def rows(self, encoder: Any, bins: int = 80) -> list[torch.Tensor]:
+        return [encoder.encode(one, [one.shape[1]]) for one in proof.examples(bins)]
+
+    def plain(self, network: Any) -> list[torch.Tensor]:
+        with torch.inference_mode():
+            outputs = [network(one.clone()) for one in proof.examples(80)]
+        return [output[-1] if isinstance(output, tuple) else output for output in outputs]
+
+    def test_it_is_what_the_default_takes(self, tiny: Path) -> None:
+        default, asked = (recipe({"model_dir": str(tiny), **options}) for options in ({}, {"runtime": "openvino"}))
+        for made in (default, asked):
+            model = made.load("cpu")
+            assert isinstance(model, Wespeaker)
+            assert isinstance(model._encoder, compiled.Compiled)
+        assert isinstance(default, WespeakerRecipe)
+        assert default.faster("cpu") is None
+
+    def test_the_pooling_layer_stays_in_float32(self, tiny: Path) -> None:
+        """Its variance of large numbers that hardly differ is lost in bfloat16."""
+        network = trained(package.architecture("resnet", "ResNetTiny")(80, 16))
+        network.bn.bias.data += 30
+        encoder = compiled.of_module(network, 80, "f32", 1)
+        assert len(encoder._requests) == 2
+        assert proof.lowest_cosine(self.rows(encoder), self.plain(network)) > 0.999999
+
+    def test_another_way_to_pool(self, tiny: Path) -> None:
+        """A network with no known pooling layer, or with two, is compiled as it is."""
+        network = trained(package.architecture("resnet", "ResNetTiny")(80, 16, "Last"))
+        assert len(compiled.of_module(network, 80, "f32", 1)._requests) == 2
+        network.pool = torch.nn.Sequential(network.pool, torch.nn.Identity())
+        network.spare = package.architecture("pooling_layers", "TSTP")()
+        encoder = compiled.of_module(network, 80, "f32", 1)
+        assert len(encoder._requests) == 1
+        assert proof.lowest_cosine(self.rows(encoder), self.plain(network)) > 0.999999
+
+    def test_averages_over_a_hundred_frames(self) -> None:
+        network = Segments().eval()
+        encoder = compiled.of_module(network, 80, "f32", 1)
+        with torch.inference_mode():
+            for frames in (1, 30, 99, 100, 101, 199, 200, 250):
+                x = torch.randn(1, frames, 80)
+                assert torch.allclose(encoder.encode(x, [frames]), network(x), atol=1e-4)
+
+    def test_what_it_gets_wrong_is_left_to_pytorch(self, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def wrong(*_: object) -> Any:
+            return Wrong()
+
+        def broken(*_: object) -> Any:
+            raise RuntimeError("no such\noperation")
+
+        for fault, words in ((wrong, "are not those of the network"), (broken, "RuntimeError: no such operation")):
+            monkeypatch.setattr(compiled, "of_module", fault)
+            model = recipe({"model_dir": str(tiny)}).load("cpu")
+            assert isinstance(model, Wespeaker)
+            assert isinstance(model._encoder, Network)
+            with pytest.raises(ModelError, match=words) as caught:
+                recipe({"model_dir": str(tiny), "runtime": "openvino"}).load("cpu")
+            assert "\n" not in str(caught.value)
+
+
+class Wrong:
+    """An encoder that takes one recording for another."""
+
+    batching = "single"
+
+    def encode(self, features: torch.Tensor, lengths: Any) -> torch.Tensor:
+        return features[:, -1, :16]
+
+
+class CAMLayer(torch.nn.Module):
+    """As WeSpeaker's of that name, as far as it averages."""
+
+    def seg_pooling(self, x: torch.Tensor) -> torch.Tensor:
+        means = torch.nn.functional.avg_pool1d(x, kernel_size=100, stride=100, ceil_mode=True)
+        return means.unsqueeze(-1).expand(*means.shape, 100).reshape(*means.shape[:-1], -1)[..., : x.shape[-1]]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.seg_pooling(x)
+
+
+class Segments(torch.nn.Module):
+    """Something of each frame's distance from its segment's mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = CAMLayer()
+
+    def by_segment(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x.transpose(1, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x.transpose(1, 2) - self.by_segment(x)).square().mean(2)
+
+
+def test_without_openvino_pytorch_computes_and_the_advice_says_so(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "is_installed", lambda: False)
+    made = recipe({"model_dir": str(tiny)})
+    model = made.load("cpu")
+    assert isinstance(made, WespeakerRecipe)
+    assert isinstance(model, Wespeaker)
+    assert isinstance(model._encoder, Network)
+    assert "pip install 'embstore[wespeaker-openvino]'" in str(made.faster("cpu"))
+    with pytest.raises(ModelError, match="it is not installed; type: pip install"):
+        recipe({"model_dir": str(tiny), "runtime": "openvino"}).load("cpu")
+    with pytest.raises(ModelError, match="is for processors, not for cuda:0"):
+        recipe({"model_dir": str(tiny), "runtime": "openvino"}).load("cuda:0")
+
+
+def test_pooling_in_a_lower_precision(tiny: Path) -> None:
+    """In bfloat16 too a network pools in float32, so that what is left of the variance is right."""
+    network = trained(package.architecture("resnet", "ResNetTiny")(80, 16))
+    network.bn.bias.data += 30
+    with torch.inference_mode():
+        plain = [network(one.clone())[-1] for one in proof.examples(80)]
+        with torch.autocast("cpu", torch.bfloat16):
+            crude = [network(one.clone())[-1] for one in proof.examples(80)]
+    lower = Network(network, 80, batching="single", device="cpu", precision="bf16")
+    rows = [lower.encode(one, [one.shape[1]]) for one in proof.examples(80)]
+    assert 1 - proof.lowest_cosine(rows, plain) < (1 - proof.lowest_cosine(crude, plain)) / 2
 
 
 REAL_MODELS = {

@@ -7,9 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
 from embstore.errors import ModelError
 from embstore.models import onnx
 from embstore.models.wespeaker.families import Batching
@@ -53,7 +50,8 @@ class Graph:
         self._input, self._output = feats.name, self._session.get_outputs()[0].name
         self.batching: Batching = "single" if isinstance(feats.shape[0], int) else "equal"
 
-    def encode(self, features: torch.Tensor, lengths: Sequence[int]) -> NDArray[np.float32]:  # noqa: ARG002
-        """Features [rows, frames, bins], all frames valid: float32 [rows, dim]."""
-        rows: NDArray[np.float32] = self._session.run([self._output], {self._input: features.cpu().numpy()})[0]
-        return rows
+    def encode(self, features: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:  # noqa: ARG002
+        """Features [rows, frames, bins], all frames valid: float32 [rows, dim] in memory."""
+        import torch
+
+        return torch.from_numpy(self._session.run([self._output], {self._input: features.cpu().numpy()})[0])

@@ -11,7 +11,7 @@ a tensor tells how far down it is. Modules are known by the names of their class
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -36,13 +36,10 @@ class Mask:
             elif type(child).__module__.endswith(".pooling_layers"):
                 raise NotImplementedError(f"pooling by {name}")
 
-    def start(self, lengths: Sequence[int], width: int, device: torch.device) -> None:
-        """A batch comes: the frames of each row, all padded to `width`."""
-        import torch
-
-        self._lengths, self._padding = {}, {}
-        if min(lengths) < width:
-            self._lengths[width] = torch.tensor(lengths, device=device)
+    def start(self, lengths: torch.Tensor | None, width: int) -> None:
+        """A batch comes: the frames of each row, int64 [rows], all padded to `width`; None: nothing is padded."""
+        self._lengths = {} if lengths is None else {width: lengths}
+        self._padding = {}
 
     def lengths(self, x: torch.Tensor) -> torch.Tensor:
         """Valid frames of each row of x [rows, …, frames]: int64 [rows]."""

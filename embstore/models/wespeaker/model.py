@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from embstore.errors import ItemSkipped, ModelError
 from embstore.media import audio
-from embstore.models import fbank
+from embstore.models import fbank, vad
 from embstore.models.base import Prepared
 from embstore.models.wespeaker.families import Batching
 
@@ -27,8 +27,12 @@ _CPU_FRAMES = 2000
 _MOST_FRAMES = 120_000
 _BYTES_A_FRAME = 300_000
 """Memory that a frame takes on a GPU at most: SimAM-ResNet's first layers hold 64 × 80 numbers of it in some copies."""
+_ENOUGH_FRAMES = 30_000
+"""Frames that keep a GPU busy for longer than it takes to launch the next batch."""
 _SPREAD = 0.5
-"""The shortest recording of a masked batch, as a share of the longest."""
+"""The shortest recording of a masked batch, as a share of the longest: more padding costs more than another batch."""
+_NARROW = 0.9
+"""The same, of a batch that is large enough: of recordings of 1 to 15 s, 4% of what is computed is then padding."""
 _LONGEST_PROBE = 64
 
 
@@ -37,8 +41,11 @@ class Encoder(Protocol):
 
     batching: Batching
 
-    def encode(self, features: torch.Tensor, lengths: Sequence[int]) -> NDArray[np.float32]:
-        """Features [rows, frames, bins] on the device, of which `lengths` are valid: float32 [rows, dim]."""
+    def encode(self, features: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+        """Features [rows, frames, bins] on the device, of which `lengths` are valid: float32 [rows, dim].
+
+        The vectors may be on the device and not computed yet: to copy them waits for them.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +60,9 @@ class _Window:
 class Wespeaker:
     """The model on one device."""
 
+    max_cost: int
+    """Frames a batch, padding included; halved whenever the device runs out of memory."""
+
     def __init__(
         self,
         encoder: Encoder,
@@ -61,13 +71,17 @@ class Wespeaker:
         channel: audio.Channels,
         max_window: float,
         device: str,
+        trim: bool = False,
     ) -> None:
-        """Raises ModelError if the encoder does not take such features or gives vectors of another length."""
+        """`trim` cuts long silences out before anything else (16 kHz only).
+
+        Raises ModelError if the encoder does not take such features or gives vectors of another length."""
         self._encoder = encoder
         self._dim = dim
         self._features = features
         self._fbank = fbank.Fbank(features, device)
         self._channel = channel
+        self._trim = trim
         self._longest = round(max_window * features.sample_rate)
         self.min_frames = _fewest_frames(encoder, dim, features.num_mel_bins, device)
         self.max_cost = _budget(device)
@@ -75,8 +89,8 @@ class Wespeaker:
     def prepare(self, path: Path, start: float | None, duration: float | None) -> Prepared:
         """Decode one item to its samples, float32 [n]; the features are computed on the device.
 
-        Raises ItemFailed, and ItemSkipped `too_short` (fewer frames than the network pools) or `silent` (no sample
-        differs from another).
+        Raises ItemFailed, and ItemSkipped `too_short` (fewer frames than the network pools), `silent` (no sample
+        differs from another) or, where silences are cut out, `no_speech` (less than that is left).
         """
         sound = audio.read(path, start, duration, self._features.sample_rate, self._channel, "sinc")
         frames = self._features.frames(len(sound.samples))
@@ -86,7 +100,13 @@ class Wespeaker:
             raise ItemSkipped("too_short", f"{sound.seconds:.3g} s; this model pools frames of {seconds:.3g} s or more")
         if _is_flat(sound.samples):
             raise ItemSkipped("silent", f"{sound.seconds:.3g} s without any sound")
-        return Prepared(sound.samples, sound.seconds, frames)
+        samples = sound.samples
+        if self._trim:
+            samples = vad.trimmed(samples)
+            frames = self._features.frames(len(samples))
+            if frames < self.min_frames or _is_flat(samples):
+                raise ItemSkipped("no_speech", f"of {sound.seconds:.3g} s nothing that can be pooled is speech")
+        return Prepared(samples, sound.seconds, frames)
 
     def embed(self, batch: Sequence[Prepared]) -> NDArray[np.float32]:
         """Embed a batch: float32 [len(batch), dim], not normalised.
@@ -96,12 +116,41 @@ class Wespeaker:
         sums = np.zeros((len(batch), self._dim))
         frames = np.zeros(len(batch))
         windows = [window for i, item in enumerate(batch) for window in self._windows(i, item.array)]
-        for group in _groups(windows, self._encoder.batching, self.max_cost):
-            features, lengths = self._fbank([window.samples for window in group])
-            for window, vector in zip(group, self._encoder.encode(features, lengths), strict=True):
+        # All of it is on its way to a GPU before the first vector is waited for.
+        encoded = [
+            pair for group in _groups(windows, self._encoder.batching, self.max_cost) for pair in self._encode(group)
+        ]
+        for group, rows in encoded:
+            for window, vector in zip(group, rows.cpu().numpy(), strict=True):
                 sums[window.item] += vector.astype(np.float64) * window.frames
                 frames[window.item] += window.frames
         return (sums / frames[:, np.newaxis]).astype(np.float32)
+
+    def _encode(self, group: Sequence[_Window]) -> Iterator[tuple[Sequence[_Window], torch.Tensor]]:
+        """A group's vectors; if it does not fit in the device's memory, those of its halves, and so on.
+
+        Raises torch.OutOfMemoryError if a single window is too large.
+        """
+        import torch
+
+        try:
+            features, lengths = self._fbank([window.samples for window in group])
+            yield group, self._encoder.encode(features, lengths)
+            return
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            frames = max(window.frames for window in group)
+            if len(group) == 1:
+                reason = f"a stretch of {frames} frames does not fit in the device's memory; give a smaller max_window"
+                raise torch.cuda.OutOfMemoryError(reason) from error
+        # Here, and not above: the error's traceback holds on to the tensors of the failed pass.
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.max_cost = max(_CPU_FRAMES, min(self.max_cost, len(group) * frames // 2))
+        middle = len(group) // 2
+        yield from self._encode(group[:middle])
+        yield from self._encode(group[middle:])
 
     def _windows(self, item: int, samples: NDArray[np.float32]) -> list[_Window]:
         """The fewest windows of equal length that are not too long; those without any sound are left out."""
@@ -118,15 +167,19 @@ def _is_flat(samples: NDArray[np.float32]) -> bool:
 
 
 def _groups(windows: Sequence[_Window], batching: Batching, budget: int) -> Iterator[list[_Window]]:
-    """Windows that go through the network together, longest first; padded, a group has at most `budget` frames."""
+    """Windows that go through the network together, longest first; padded, a group has at most `budget` frames.
+
+    A masked group is closed at the first window that would be padded too much: soon if the group is large already.
+    """
     if batching == "single":
         for window in windows:
             yield [window]
         return
     group: list[_Window] = []
-    least = 1.0 if batching == "equal" else _SPREAD
     for window in sorted(windows, key=lambda window: -window.frames):
         longest = group[0].frames if group else window.frames
+        least = _NARROW if len(group) * longest >= _ENOUGH_FRAMES else _SPREAD
+        least = 1.0 if batching == "equal" else least
         if group and ((len(group) + 1) * longest > budget or window.frames < least * longest):
             yield group
             group = []
@@ -135,14 +188,22 @@ def _groups(windows: Sequence[_Window], batching: Batching, budget: int) -> Iter
         yield group
 
 
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether the device's memory was too small; libraries have their own words for it."""
+    import torch
+
+    words = str(error)
+    return isinstance(error, torch.cuda.OutOfMemoryError) or "ALLOC_FAILED" in words or "ailed to allocate" in words
+
+
 def _budget(device: str) -> int:
-    """Frames a batch: what half of a GPU's memory holds, up to a number that keeps any GPU busy."""
+    """Frames a batch: what half of a GPU's free memory holds, up to a number that keeps any GPU busy."""
     import torch
 
     if device == "cpu":
         return _CPU_FRAMES
-    memory = torch.cuda.get_device_properties(torch.device(device)).total_memory
-    return max(_CPU_FRAMES, min(_MOST_FRAMES, int(memory / 2 / _BYTES_A_FRAME)))
+    free, _ = torch.cuda.mem_get_info(torch.device(device))
+    return max(_CPU_FRAMES, min(_MOST_FRAMES, int(free / 2 / _BYTES_A_FRAME)))
 
 
 def _fewest_frames(encoder: Encoder, dim: int, bins: int, device: str) -> int:
@@ -166,6 +227,6 @@ def _fewest_frames(encoder: Encoder, dim: int, bins: int, device: str) -> int:
             continue
         if vectors.shape != (1, dim):
             raise ModelError(f"model wespeaker: it gives vectors of shape {vectors.shape[1:]}, its config says {dim}")
-        if np.isfinite(vectors).all():
+        if vectors.isfinite().all():
             return frames
     raise ModelError(f"model wespeaker: it gives no vector of {_LONGEST_PROBE} frames of {bins} bins: {reason}")

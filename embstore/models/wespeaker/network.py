@@ -3,35 +3,41 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, Literal
 
 from embstore.errors import ModelError
+from embstore.models.fbank import integers
+from embstore.models.wespeaker import proof
 from embstore.models.wespeaker.families import Batching
 from embstore.models.wespeaker.folding import folded
 from embstore.models.wespeaker.masking import Mask
+from embstore.models.wespeaker.replay import SMALL, Replay
 
 if TYPE_CHECKING:
     import torch
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
-_EXAMPLE = (211, 150)
-"""Frames of the two made-up recordings that the short cuts have to prove themselves on."""
-_SAME = 0.99999
-_CLOSE = 0.9999
-"""Cosine to the plain module in float32 that masking, and that a lower precision, must reach on them."""
+_FREQUENT = 8
+"""How often a shape has to come on a GPU before cuDNN measures which algorithm suits it best."""
 
 
 class Network:
     """One module on one device, with the short cuts that leave its vectors as they are."""
 
     def __init__(
-        self, module: torch.nn.Module, bins: int, *, batching: Batching, device: str, precision: Precision
+        self,
+        module: torch.nn.Module,
+        bins: int,
+        *,
+        batching: Batching,
+        device: str,
+        precision: Precision,
+        cuda_graphs: bool = False,
     ) -> None:
         """Take over `module`, in eval mode. `batching` is the most that is tried; `self.batching` is what works.
 
@@ -52,19 +58,44 @@ class Network:
         self._dtype: torch.dtype | None = None
         self.batching: Batching = batching
         self._speed_up(bins, precision)
+        self._replay = Replay(self._recordable) if cuda_graphs and self._device.type == "cuda" else None
+        self._seen: Counter[tuple[int, ...]] = Counter()
 
-    def encode(self, features: torch.Tensor, lengths: Sequence[int]) -> NDArray[np.float32]:
-        """Features [rows, frames, bins] on the device, of which `lengths` are valid: float32 [rows, dim].
+    def encode(self, features: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+        """Features [rows, frames, bins] on the device, of which `lengths` are valid: float32 [rows, dim] there.
 
-        Only with batching `masked` may the lengths differ from the number of frames.
+        Only with batching `masked` may the lengths differ from the number of frames. A GPU may still be computing them.
         """
-        return self._run(self._module, features, lengths).cpu().numpy()
+        if self._device.type != "cuda":
+            return self._run(self._module, features, lengths)
+        if self._replay and features.shape[0] * features.shape[1] <= SMALL:
+            return self._replay(features, integers(lengths, self._device))
+        with self._cudnn(tuple(features.shape)):
+            return self._run(self._module, features, lengths)
 
-    def _run(self, module: torch.nn.Module, features: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    def _recordable(self, features: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """A pass in which nothing depends on numbers that the processor knows: masked, whether need be or not."""
+        if self._mask:
+            self._mask.start(lengths, features.shape[1])
+        return self._pass(self._module, features)
+
+    def _cudnn(self, shape: tuple[int, ...]) -> AbstractContextManager[None]:
+        """Let cuDNN measure its algorithms on a shape, which takes seconds, only if it comes again and again."""
         import torch
 
+        self._seen[shape] += 1
+        frequent = self._seen[shape] >= _FREQUENT
+        return torch.backends.cudnn.flags(enabled=True, benchmark=frequent, allow_tf32=False)
+
+    def _run(self, module: torch.nn.Module, features: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
         if self._mask:
-            self._mask.start(lengths, features.shape[1], self._device)
+            padded = min(lengths) < features.shape[1]
+            self._mask.start(integers(lengths, self._device) if padded else None, features.shape[1])
+        return self._pass(module, features)
+
+    def _pass(self, module: torch.nn.Module, features: torch.Tensor) -> torch.Tensor:
+        import torch
+
         lower = torch.autocast(self._device.type, self._dtype) if self._dtype else contextlib.nullcontext()
         with torch.inference_mode(), lower:
             output = module(features)
@@ -76,20 +107,19 @@ class Network:
         """Fold, mask and lower the precision, each only if the vectors of an example stay what they are."""
         import torch
 
-        random = torch.Generator().manual_seed(0)
-        examples = [torch.randn(1, n, bins, generator=random).to(self._device) for n in _EXAMPLE]
-        plain = torch.cat([self._run(self._module, one, [one.shape[1]]) for one in examples])
+        examples = proof.examples(bins, self._device)
+        plain = [self._run(self._module, one, [one.shape[1]]) for one in examples]
 
         def together() -> float:
             """The lowest cosine to what the plain module says, in the way that batches will go."""
-            if self.batching == "masked":
-                padded = torch.nn.utils.rnn.pad_sequence([one[0] for one in examples], batch_first=True)
-                rows = self._run(self._module, padded, _EXAMPLE)
+            if self.batching != "masked":
+                rows = [self._run(self._module, one, [one.shape[1]]) for one in examples]
             else:
-                rows = torch.cat([self._run(self._module, one, [one.shape[1]]) for one in examples])
-            return float(torch.cosine_similarity(rows, plain).min())
+                padded = torch.nn.utils.rnn.pad_sequence([one[0] for one in examples], batch_first=True)
+                rows = [self._run(self._module, padded, proof.LENGTHS)]
+            return proof.lowest_cosine(rows, plain)
 
-        self._module = folded(self._module, lambda module: self._run(module, examples[0], _EXAMPLE[:1]))
+        self._module = folded(self._module, lambda module: self._run(module, examples[0], proof.LENGTHS[:1]))
         for parameter in self._module.parameters():
             if parameter.dim() == 4:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
@@ -100,11 +130,30 @@ class Network:
                 self.batching = "equal"
             else:
                 # A wespeaker of another version may average over time where this one does not.
-                if not together() >= _SAME:
+                if not together() >= proof.SAME:
                     self.batching = "equal"
         self._dtype = _lower(precision, self._device)
-        if self._dtype and precision == "auto" and not together() >= _CLOSE:
-            self._dtype = None
+        if self._dtype:
+            _pool_exactly(self._module, self._device.type)
+            if precision == "auto" and not together() >= proof.CLOSE:
+                self._dtype = None
+
+
+def _pool_exactly(module: torch.nn.Module, device_type: str) -> None:
+    """Have pooling layers compute in float32 within a lower precision: they take differences of large numbers."""
+    import torch
+
+    def exactly(pool: Any) -> Any:
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            with torch.autocast(device_type, enabled=False):
+                pooled: torch.Tensor = pool(x.float())
+            return pooled
+
+        return forward
+
+    for child in module.modules():
+        if type(child).__module__.endswith(".pooling_layers"):
+            child.forward = exactly(child.forward)
 
 
 def _lower(precision: Precision, device: torch.device) -> torch.dtype | None:
@@ -116,10 +165,10 @@ def _lower(precision: Precision, device: torch.device) -> torch.dtype | None:
     if device.type == "cuda":
         major, _ = torch.cuda.get_device_capability(device)
         return torch.bfloat16 if major >= 8 else torch.float16 if major == 7 else None
-    return torch.bfloat16 if _has_bf16() else None
+    return torch.bfloat16 if has_bf16() else None
 
 
-def _has_bf16() -> bool:
+def has_bf16() -> bool:
     """Whether this processor computes in bfloat16; without that PyTorch imitates it, 30 times slower than float32."""
     try:
         flags = Path("/proc/cpuinfo").read_text().split()
