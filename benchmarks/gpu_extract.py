@@ -56,6 +56,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--batches", nargs="+", type=int, default=[16, 64, 256], help="batch sizes of `bare`")
     parser.add_argument("--workers", nargs="+", type=int, default=[1, 2, 4], help="processes of `files`")
     parser.add_argument("--decoders", type=int, default=4, help="decoding threads a process (default: 4)")
+    parser.add_argument("--cuda-graphs", action="store_true", help="record small batches that come again and again")
     parser.add_argument("--miniature", action="store_true", help="a few short utterances: does it still run?")
     options = parser.parse_args()
     options.scale = 1.0
@@ -92,7 +93,14 @@ def _measure(network: str, label: str, recordings: Sequence[NDArray[np.float32]]
 
     _show("one by one, fp32", options.device, len(few), one_by_one)
     for precision in ("fp32", "bf16", "fp16") if options.device != "cpu" else ("fp32",):
-        bare = Network(build(network), 80, batching="masked", device=options.device, precision=precision)
+        bare = Network(
+            build(network),
+            80,
+            batching="masked",
+            device=options.device,
+            precision=precision,
+            cuda_graphs=options.cuda_graphs,
+        )
         for size in options.batches:
 
             def in_batches(bare: Network = bare, size: int = size) -> None:
@@ -102,7 +110,7 @@ def _measure(network: str, label: str, recordings: Sequence[NDArray[np.float32]]
                     bare.encode(padded, [len(row) for row in rows])
 
             _show(f"bare, {precision}, {size} at a time, {bare.batching}", options.device, len(features), in_batches)
-    model = _model(network, options.device)
+    model = _model(network, options.device, options.cuda_graphs)
     items = [Prepared(recording, len(recording) / RATE, len(recording) // 160) for recording in recordings]
     _show("embed, auto", options.device, len(items), lambda: model.embed(items))
     if HAS_AUDIO:
@@ -112,13 +120,13 @@ def _measure(network: str, label: str, recordings: Sequence[NDArray[np.float32]]
     print()
 
 
-def _model(network: str, device: str):  # type: ignore[no-untyped-def]
+def _model(network: str, device: str, cuda_graphs: bool):  # type: ignore[no-untyped-def]
     from embstore.models.fbank import Settings
     from embstore.models.wespeaker.model import Wespeaker
     from embstore.models.wespeaker.network import Network
 
     batching = "single" if device == "cpu" else "masked"
-    encoder = Network(build(network), 80, batching=batching, device=device, precision="auto")
+    encoder = Network(build(network), 80, batching=batching, device=device, precision="auto", cuda_graphs=cuda_graphs)
     return Wespeaker(encoder, DIM, Settings(), "first", 120.0, device)
 
 
@@ -131,7 +139,16 @@ def _measure_files(network: str, recordings: Sequence[NDArray[np.float32]], opti
             ready, done = context.Barrier(workers + 1), context.Barrier(workers + 1)
             processes = [
                 context.Process(
-                    target=_work, args=(network, options.device, files[i::workers], options.decoders, ready, done)
+                    target=_work,
+                    args=(
+                        network,
+                        options.device,
+                        options.cuda_graphs,
+                        files[i::workers],
+                        options.decoders,
+                        ready,
+                        done,
+                    ),
                 )
                 for i in range(workers)
             ]
@@ -145,9 +162,11 @@ def _measure_files(network: str, recordings: Sequence[NDArray[np.float32]], opti
                 process.join()
 
 
-def _work(network: str, device: str, files: Sequence[Path], decoders: int, ready, done) -> None:  # type: ignore[no-untyped-def]
+def _work(  # type: ignore[no-untyped-def]
+    network: str, device: str, cuda_graphs: bool, files: Sequence[Path], decoders: int, ready, done
+) -> None:
     """Decode in threads, embed what is there."""
-    model = _model(network, device)
+    model = _model(network, device, cuda_graphs)
     ready.wait()
     with ThreadPoolExecutor(decoders) as pool:
         batch, cost = [], 0

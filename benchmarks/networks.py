@@ -36,6 +36,10 @@ class ASP(nn.Module):
         return torch.cat([mean, ((x**2 * weights).sum(2) - mean**2).clamp(min=1e-5).sqrt()], 1)
 
 
+# By the name of their module embstore knows pooling layers, which compute in float32 in any precision.
+TSTP.__module__ = ASP.__module__ = "networks.pooling_layers"
+
+
 class BasicBlock(nn.Module):
     """Two convolutions and a way around them."""
 

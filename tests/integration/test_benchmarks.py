@@ -39,5 +39,16 @@ def test_the_scale_benchmark_prints_exponents() -> None:
     assert "exponents: register " in result.stdout
 
 
+def test_the_benchmark_for_gpus_runs_on_a_processor() -> None:
+    """Every way that it measures; on a GPU it runs in the same way."""
+    words = [sys.executable, BENCHMARKS / "gpu_extract.py", "--miniature", "--device", "cpu", "--cuda-graphs"]
+    result = subprocess.run([*words, "--networks", "ResNet34"], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    _, _, part = result.stdout.partition("ResNet34, 1 to 15 s\n")
+    lines = part.split("\n\n")[0].splitlines()
+    assert [line.split(",")[0].strip() for line in lines] == ["one by one", "bare", "embed", "files"]
+    assert "masked" in lines[1]
+
+
 def test_the_extraction_benchmark_prints_its_ratio(test_data: Path) -> None:
     assert "end-to-end speed" in run("extract", "--data", str(test_data / "speech"))
