@@ -255,7 +255,7 @@ def get_model(connection: Connection, name: str) -> StoredModel:
 
 
 def start_run(
-    connection: Connection, command: str, dataset_id: int, model_id: int, parameters: Mapping[str, Any]
+    connection: Connection, command: str, dataset_id: int, model_id: int | None, parameters: Mapping[str, Any]
 ) -> int:
     """Note that a command has begun on a dataset; returns the run_id."""
     return int(
@@ -285,6 +285,12 @@ def end_run(connection: Connection, run_id: int, dataset_id: int, status: str, c
         ),
         {"dataset_id": dataset_id, "run_id": run_id, "status": status, "counts": json.dumps(dict(counts))},
     )
+
+
+def record(connection: Connection, command: str, dataset_id: int, parameters: Mapping[str, Any]) -> None:
+    """Note a command that is done in this one transaction."""
+    run_id = start_run(connection, command, dataset_id, None, parameters)
+    end_run(connection, run_id, dataset_id, "done", {})
 
 
 def _known(name: str, names: Sequence[str], what: str) -> str:

@@ -163,11 +163,11 @@ def remove_member(connection: Connection, team: str, login: str) -> bool:
     return True
 
 
-def verifier(password: str, login: str) -> str:
-    """What the server keeps of a password; to be made afresh each time, as it is salted. Raises UsageError."""
+def verifier(connection: Connection, password: str, login: str) -> str:
+    """What the server keeps of a password, made on this side of the connection. Raises UsageError."""
     if not password or "\0" in password:
         raise UsageError("the password is empty, or holds a NUL character")
-    made: str = encrypt_password(password, login, algorithm="scram-sha-256")
+    made: str = encrypt_password(password, login, _driver(connection), "scram-sha-256")
     return made
 
 

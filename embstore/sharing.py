@@ -71,6 +71,10 @@ ON CONFLICT (dataset_id, team) DO UPDATE SET can_write = excluded.can_write
 """
 _UNSHARE = "DELETE FROM embstore.dataset_share WHERE dataset_id = :dataset_id AND team = :team"
 _OWNING_TEAM = "SELECT team FROM embstore.dataset WHERE dataset_id = :dataset_id"
+_TRANSPORT = """
+SELECT (SELECT s.version FROM pg_stat_ssl s WHERE s.pid = pg_backend_pid() AND s.ssl) AS version,
+    inet_client_addr() IS NULL OR inet_client_addr() << '127.0.0.0/8' OR inet_client_addr() = '::1' AS local
+"""
 _HISTORY = """
 SELECT started_at, login, role, command, dataset, model, status,
     round(extract(epoch FROM coalesce(finished_at, clock_timestamp()) - started_at)::numeric, 1)::float8, host, version,
@@ -159,6 +163,8 @@ def place(connection: Connection, name: str) -> tuple[str | None, str]:
         return team, rest
     if identity.kind == "owner":
         return None, name
+    if identity.kind == "reader":
+        raise UsageError(f"'{identity.role}' is a reader, and makes no dataset: 'embstore whoami' says what it may do")
     if not identity.teams:
         raise UsageError(
             f"'{identity.role}' is in no team, and a dataset belongs to one: "
@@ -256,6 +262,20 @@ def shares(connection: Connection, dataset_id: int | None = None) -> list[Share]
 def see_all(connection: Connection) -> Sequence[str]:
     """The logins that no rule holds back: superusers, and those who may act for the owner."""
     return connection.execute(text(_SEE_ALL)).scalars().all()
+
+
+def visible(connection: Connection) -> tuple[int, int]:
+    """How many datasets one may read, and how many of them one may write to."""
+    row = connection.execute(text("SELECT count(*), count(*) FILTER (WHERE can_write) FROM embstore.datasets")).one()
+    return int(row[0]), int(row[1])
+
+
+def transport(connection: Connection) -> str:
+    """How the connection gets to the server, in words."""
+    row = connection.execute(text(_TRANSPORT)).one()
+    if row.version is not None:
+        return f"encrypted, {row.version}"
+    return "within this machine" if row.local else "NOT ENCRYPTED: add ?sslmode=verify-full to DATABASE_URL"
 
 
 def history(
