@@ -163,7 +163,8 @@ def _numpy(database: Database, items: int, speakers: int) -> None:
 
 @contextmanager
 def _memory(settings: Settings) -> Iterator[dict[str, int]]:
-    """Largest resident set of the command, of its workers and of the server's sessions, in bytes."""
+    """Largest resident set of the command, of the helper that its workers are forks of, of these, and of the server's
+    sessions, in bytes."""
     largest: dict[str, int] = {}
     stop = threading.Event()
 
@@ -187,12 +188,12 @@ def _memory(settings: Settings) -> Iterator[dict[str, int]]:
 def _kind(process: psutil.Process, settings: Settings) -> str | None:
     words = " ".join(process.cmdline())
     above = process.parent()
-    if above is None or not re.search("centroids|spawn_main|postgres: embstore", words):
+    if above is None or not re.search("centroids|forkserver|postgres: embstore", words):
         return None
     if above.pid == os.getpid():
         return "command"
-    if above.parent() == psutil.Process():
-        return "worker" if "spawn_main" in words else None
+    if "forkserver" in words:
+        return "worker" if "forkserver" in " ".join(above.cmdline()) else "helper"
     return "session" if str(settings.home) in " ".join(above.cmdline()) else None
 
 
