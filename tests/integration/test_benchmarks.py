@@ -10,6 +10,7 @@ import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SMALL = {
+    "centroids": ["--items", "2000", "--rounds", "1", "--speakers", "20"],
     "claim": ["--items", "2000", "--rounds", "2"],
     "extract": ["--items", "6", "--rounds", "1"],
     "images": ["--items", "12", "--rounds", "1", "--width", "200"],
