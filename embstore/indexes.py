@@ -32,8 +32,8 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 LONGEST = {"full": 2000, "half": 4000}
 """Dimensions that pgvector can index."""
 SECONDS_A_ROW = {"insert": 1.1e-3, "build": 2.7e-4}
-"""Measured with 256 dimensions and 200,000 rows on 2 cores: what a vector costs that is written under an HNSW index,
-and what it costs in a build of the whole. For estimates: a larger index takes somewhat more for each."""
+"""With 256 dimensions and 200,000 rows on 2 cores: what a vector costs that is written under an HNSW index (from the
+ratio of such a load to one without), and what it costs in a build of the whole (measured). For estimates alone."""
 MANY = 10_000
 """Vectors under which no word is lost about an index in place."""
 
