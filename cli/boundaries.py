@@ -7,26 +7,23 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import click
 from sqlalchemy import Connection
 
-from embstore import catalog
-from embstore.boundaries import folders, job, labels, report
+from embstore.boundaries import labels
 from embstore.boundaries.evaluate import evaluate
-from embstore.boundaries.job import CONNECTIONS, Method, Options
+from embstore.boundaries.job import Method, Options
 from embstore.boundaries.voices import THRESHOLD
 from embstore.db.engine import Database
 from embstore.db.migrate import require_ready
 from embstore.errors import UsageError
-from embstore.extract.devices import count_cores
-from embstore.progress import Display
 from embstore.settings import Settings, load
-from embstore.supervise import PARENT_CONNECTIONS, Outcome, check_connections
 
+from .boundary_runs import Detection
 from .options import database_options, opened, pass_settings, reading
-from .outcome import exit_code, log_option, tell, watch
+from .outcome import log_option
 from .output import write_json, write_rows
 
 
@@ -114,83 +111,8 @@ def boundaries(
         return
     settings = load(database_url=database_url, home=home, embedding_workers=workers)
     options = Options(method, segment_size, boundary_window, gmm_components, num_speakers, penalty, explain)
-    out = sys.stderr if as_json else sys.stdout
-
-    def line(words: str) -> None:
-        print(words, file=out, flush=True)
-
-    reports: list[dict[str, Any]] = []
-    outcomes: list[Outcome] = []
-    with opened(settings) as database:
-        require_ready(database)
-        with database.begin() as connection:
-            pairs = catalog.embedded(connection, dataset, model, writing=True)
-        if not pairs:
-            line("there are no vectors to look at: type 'embstore extract PATH' first")
-        several = sum(len(them) for _, them in pairs) > 1
-        if output_dir is not None:
-            for found, datasets in pairs:
-                for each in datasets:
-                    folders.claim(_folder(output_dir, found.name, each.name, several))
-        for found, datasets in pairs:
-            number = _workers(settings, len(datasets))
-
-            def show(pending: int, name: str = found.name, number: int = number) -> Display:
-                line(f"detecting boundaries by {name} and method {method}: {pending} runs, {number} workers")
-                return watch(pending)
-
-            outcome, runs = job.detect(database, settings, datasets, found, options, number, show=show)
-            tell(line, outcome, model=found.name, command="boundaries", unit="runs", done="finished")
-            outcomes.append(outcome)
-            if outcome.interrupted:
-                break
-            with database.begin() as connection:
-                summaries = [labels.summary(connection, run) for run in runs.values()]
-            for summary in summaries:
-                _say(line, summary, explain)
-                if output_dir is not None:
-                    folder = _folder(output_dir, found.name, summary["dataset"], several)
-                    missing = _write(database, summary, found.name, folder, copy=not link)
-                    line(f"  written to {folder}" + (f"; {missing:,} files are not there" if missing else ""))
-            reports += [{"model": found.name, **summary} for summary in summaries]
-    if as_json:
-        write_json(reports, sys.stdout)
-    context.exit(exit_code(outcomes))
-
-
-def _folder(output_dir: Path, model: str, dataset: str, several: bool) -> Path:
-    """Where a dataset's files go; its name must lead nowhere else."""
-    name = "".join(c if c.isalnum() or c in "-_" else "_" for c in f"{dataset}-{model}")
-    return output_dir / name if several else output_dir
-
-
-def _write(database: Database, summary: dict[str, Any], model: str, folder: Path, *, copy: bool) -> int:
-    """Write a run's picture, JSON and folders; returns how many files are not there."""
-    run = summary["run"]
-    with database.begin() as connection:
-        result, files = labels.result(connection, run), labels.files(connection, run)
-        missing = report.write(
-            folder, result, summary["items"], files, dataset=summary["dataset"], model=model, copy=copy
-        )
-    return len(missing)
-
-
-def _workers(settings: Settings, datasets: int) -> int:
-    most = (settings.db_max_connections - PARENT_CONNECTIONS) // CONNECTIONS
-    number = min(settings.embedding_workers or min(count_cores(), most), datasets)
-    check_connections(settings, number, CONNECTIONS)
-    return number
-
-
-def _say(line: Any, summary: dict[str, Any], explain: bool) -> None:
-    line(
-        f"run {summary['run']}: {summary['boundaries']:,} boundaries, {summary['segments']:,} segments in "
-        f"'{summary['dataset']}' ({summary['embedded']:,} of {summary['items']:,} items have a vector)"
-    )
-    for note in summary["notes"]:
-        line(f"  {note}")
-    for decision in summary["trace"] if explain else []:
-        line(f"    {decision}")
+    detection = Detection(settings, options, output_dir, copy=not link, as_json=as_json)
+    context.exit(detection.run(dataset, model))
 
 
 @contextmanager

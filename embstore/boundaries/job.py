@@ -5,8 +5,12 @@ All of a run's rows are written in the transaction that marks it done: a killed 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,8 +26,9 @@ from embstore.catalog import Dataset, StoredModel
 from embstore.claims import Claimant
 from embstore.db.copy import copy_rows
 from embstore.db.engine import Database
+from embstore.errors import DatabaseError
 from embstore.progress import Display, Tally
-from embstore.queue import Queue, Refusal
+from embstore.queue import LEASE_SECONDS, Queue, Refusal
 from embstore.settings import Settings
 from embstore.supervise import Committed, Leased, Outcome, Run, Share
 from embstore.workers import Channel
@@ -32,10 +37,11 @@ Method = Literal["auto", "cosine", "gmm"]
 
 CONNECTIONS = 2
 """A worker's: one reads, in one long transaction; the other renews the lease."""
-LEASE_SECONDS = 120.0
-"""Longer than a worker may compute between two pages of vectors."""
 _IDLE = 0.3
+_BEAT = 1.0
 
+# Two commands that start at once with the same parameters work on one run, not on one each.
+_LOCK = "SELECT FROM embstore.dataset WHERE dataset_id = :dataset_id FOR NO KEY UPDATE"
 _UNFINISHED = """
 SELECT boundary_run_id FROM embstore.boundary_run
 WHERE dataset_id = :dataset_id AND model_id = :model_id AND method = :method
@@ -88,6 +94,7 @@ class Job:
     settings: Settings
     model_id: int
     dataset_ids: tuple[int, ...]
+    lease_seconds: float = LEASE_SECONDS
 
 
 def boundary_queue(dataset_id: int, model_id: int) -> Queue:
@@ -112,7 +119,9 @@ def detect(
     with database.begin() as connection:
         runs = {d.name: _begin(connection, d.dataset_id, model.model_id, options) for d in datasets}
     shares = [Share(d, boundary_queue(d.dataset_id, model.model_id)) for d in datasets]
-    job = Job(settings, model.model_id, tuple(d.dataset_id for d in datasets))
+    # Tests that wait for a lease to pass make it shorter.
+    lease = float(os.environ.get("EMBSTORE_TEST_LEASE_SECONDS", LEASE_SECONDS))
+    job = Job(settings, model.model_id, tuple(d.dataset_id for d in datasets), lease)
     run = Run(database, "boundaries", model.model_id, shares, {"method": options.method, **options.parameters()})
     return run.go(work, lambda _runs: [job] * workers, show=show, environ={}), runs
 
@@ -124,6 +133,7 @@ def _begin(connection: Connection, dataset_id: int, model_id: int, options: Opti
         "method": options.method,
         "parameters": json.dumps(options.parameters()),
     }
+    connection.execute(text(_LOCK), {"dataset_id": dataset_id})
     found = connection.execute(text(_UNFINISHED), values).scalar()
     return int(found if found is not None else connection.execute(text(_CREATE), values).scalar_one())
 
@@ -147,18 +157,25 @@ class _Worker:
         self._model_id = job.model_id
         self._database = database
         self._queues = [boundary_queue(dataset_id, job.model_id) for dataset_id in job.dataset_ids]
-        self._claimant = Claimant(database, LEASE_SECONDS)
+        self._claimant = Claimant(database, job.lease_seconds)
         channel.send(Leased(self._claimant.token))
 
     def run(self) -> None:
+        threading.Thread(target=self._beat, daemon=True, name="lease").start()
         open_queues = self._queues
         while open_queues and not self._channel.stopping.is_set():
             worked = [self._work_on(queue) for queue in open_queues]
             open_queues = [queue for queue in open_queues if self._database.patiently(queue.is_open)]
             if open_queues and not any(worked):
-                self._claimant.renew()
                 self._channel.stopping.wait(_IDLE)
         self._claimant.leave()
+
+    def _beat(self) -> None:
+        """Renew the lease, in a thread of its own; if it is lost, what is written under it is refused anyway."""
+        with contextlib.suppress(DatabaseError):
+            while True:
+                time.sleep(_BEAT)
+                self._claimant.renew()
 
     def _work_on(self, queue: Queue) -> bool:
         """Work on one run of the queue; False if there was none to claim."""
@@ -202,7 +219,6 @@ class _Worker:
         for page in vectors.ordered(connection, scope["dataset_id"], scope["model_id"], dim):
             if self._channel.stopping.is_set():
                 raise _Stopped
-            self._claimant.renew()
             order.update(page.item_ids.tobytes())
             yield page.positions, page.vectors
 

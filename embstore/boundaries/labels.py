@@ -28,6 +28,7 @@ SELECT r.boundary_run_id AS run, r.dataset_id, d.name AS dataset, r.method, r.it
 FROM embstore.boundary_run r JOIN embstore.dataset d USING (dataset_id)
 WHERE r.boundary_run_id = :run AND r.status = 'done'
 """
+_ENDED = "SELECT status, error FROM embstore.boundary_run WHERE boundary_run_id = :run"
 _BOUNDARIES = """
 SELECT position, score, confidence FROM embstore.boundary WHERE boundary_run_id = :run ORDER BY position
 """
@@ -110,6 +111,12 @@ class FoundRun:
     applied: bool
     order: str
     items: int
+
+
+def ended(connection: Connection, run: int) -> tuple[str, str | None]:
+    """A run's status, and why it failed."""
+    status, error = connection.execute(text(_ENDED), {"run": run}).one()
+    return status, error
 
 
 def summary(connection: Connection, run: int) -> dict[str, Any]:

@@ -16,11 +16,12 @@ import pytest
 from click.testing import CliRunner, Result
 from numpy.typing import NDArray
 
-from embstore import vectors
+from embstore import catalog, vectors
+from embstore.boundaries import job
 from embstore.cli.main import embstore
 from embstore.db.engine import Database
 from embstore.queue import Refusal, take_lease
-from tests.helpers import Facts, ask, entry, fill
+from tests.helpers import Facts, ask, at_once, entry, fill
 
 MODEL = Facts("voices", dim=16)
 Run = Callable[..., Result]
@@ -199,18 +200,64 @@ def test_a_killed_run_starts_over_and_leaves_nothing_behind(database: Database, 
     rows, truth = voices([300] * 40)
     store(database, rows)
     command = [sys.executable, "-m", "embstore", "boundaries", "--method", "gmm", "--segment-size", "300"]
-    process = subprocess.Popen([*command, "--database-url", database_url], start_new_session=True)
+    env = os.environ | {"EMBSTORE_TEST_LEASE_SECONDS": "2"}
+    process = subprocess.Popen([*command, "--database-url", database_url], start_new_session=True, env=env)
     while ask(database, "SELECT count(*) FROM embstore.boundary_run WHERE status = 'running'") == [(0,)]:
         assert process.poll() is None
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert ask(database, "SELECT count(*) FROM embstore.boundary") == [(0,)]
-    # The dead worker's lease would hold the run for two minutes more.
-    ask_to_forget = "UPDATE embstore.lease SET expires_at = now() - interval '1 second'"
-    with database.begin() as connection:
-        connection.exec_driver_sql(ask_to_forget)
     result = run("--method", "gmm", "--segment-size", "300")
     assert result.exit_code == 0, result.output
     assert found(database) == truth
     assert ask(database, "SELECT count(*), min(status) FROM embstore.boundary_run") == [(1, "done")]
+
+
+def test_two_commands_at_once_make_one_run(database: Database, database_url: str) -> None:
+    rows, truth = voices([100] * 30)
+    store(database, rows)
+    command = [sys.executable, "-m", "embstore", "boundaries", "--json", "--database-url", database_url]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
+    outputs = [process.communicate(timeout=60) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    # The second one may have come after the first was done: then it made a run of its own.
+    numbers = {json.loads(out)[0]["run"] for out, _ in outputs}
+    assert ask(database, "SELECT count(*), min(status), max(status) FROM embstore.boundary_run") == [
+        (len(numbers), "done", "done")
+    ]
+    for number in numbers:
+        assert found(database, number) == truth
+    assert ask(database, "SELECT count(*) FROM embstore.boundary_score") == [(len(rows) * len(numbers),)]
+
+
+def test_commands_that_begin_at_once_share_a_run(database: Database, run: Run) -> None:
+    store(database, voices([40, 40])[0])
+    with database.begin() as connection:
+        (pair,) = catalog.embedded(connection, None, None)
+    model, (dataset,) = pair
+
+    def begin() -> int:
+        with database.begin() as connection:
+            return job._begin(connection, dataset.dataset_id, model.model_id, job.Options())
+
+    assert len(set(at_once(*[begin] * 4))) == 1
+    assert run().exit_code == 0
+    assert ask(database, "SELECT count(*), min(status) FROM embstore.boundary_run") == [(1, "done")]
+
+
+def test_a_run_that_fails_says_why_and_the_next_is_a_new_one(database: Database, run: Run, tmp_path: Path) -> None:
+    rows, truth = voices([40, 40])
+    store(database, rows)
+    assert run().exit_code == 0
+    # As three workers leave it that died at it.
+    with database.begin() as connection:
+        connection.exec_driver_sql(
+            "UPDATE embstore.boundary_run SET status = 'running', attempts = 3, claim_token = 99"
+        )
+    failed = run("--output-dir", str(tmp_path / "out"))
+    assert failed.exit_code == 1, failed.output
+    assert "run 1 of 'calls' failed: its worker process died, or hung, each of the 3 times" in failed.output
+    again = run()
+    assert again.exit_code == 0, again.output
+    assert found(database, 2) == truth
