@@ -67,6 +67,16 @@ def reading(settings: Settings) -> Iterator[Connection]:
 
 
 @contextmanager
+def snapshot(settings: Settings) -> Iterator[Connection]:
+    """As `reading`, for COPY, which a query that Ctrl+C ends on the server may not be."""
+    with opened(settings) as database:
+        require_ready(database)
+        with database.begin() as connection:
+            connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+            yield connection
+
+
+@contextmanager
 def writing(settings: Settings) -> Iterator[Connection]:
     """A transaction in a database that is ready, committed at the end. Ctrl+C ends its query and undoes it."""
     with opened(settings) as database:

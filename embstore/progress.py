@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
@@ -224,6 +225,24 @@ class LiveDisplay:
             )
         # Room at the right: the terminal's own "^C" must not wrap, which would shift everything by a line.
         return Constrain(Group(table, self._bar), self._console.width - 4)
+
+
+@contextmanager
+def bar(total: int, words: str, stream: TextIO) -> Iterator[Callable[[int], None]]:
+    """A bar for something that is counted alone; gives what to call with how many more are done.
+
+    Where the output is no terminal there is none: what is counted so is done in minutes.
+    """
+    if not stream.isatty():
+        yield lambda _more: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(file=stream), transient=True) as progress:
+        task = progress.add_task(words, total=total)
+        yield lambda more: progress.advance(task, more)
 
 
 def summary(tally: Tally, seconds: float, *, unit: str = "utterances", done: str = "embedded") -> str:

@@ -116,17 +116,19 @@ _NULL = r"\N"
 _SIGNS = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v"}
 
 
-def read_text(connection: Connection, query: str) -> list[list[str | None]]:
-    """The columns of a query without parameters, as text; none at all if it has no rows."""
+def read_texts(connection: Connection, query: str) -> list[str | None]:
+    """The one column, of texts or nulls, of a query without parameters."""
     sink = io.BytesIO()
     with _cursor(connection) as cursor:
         cursor.copy_expert(f"COPY ({query}) TO STDOUT", sink)
     text = sink.getvalue().decode()
-    columns = zip(*(line.split("\t") for line in text.split("\n")[:-1]), strict=True)
+    lines = text.split("\n")[:-1]
+    if "\\" not in text:
+        return list(lines)
     # Nearly always backslashes are nulls and nothing else.
     if text.count("\\") == text.count(_NULL):
-        return [[None if value == _NULL else value for value in column] for column in columns]
-    return [[None if value == _NULL else _unescaped(value) for value in column] for column in columns]
+        return [None if line == _NULL else line for line in lines]
+    return [None if line == _NULL else _unescaped(line) for line in lines]
 
 
 def _unescaped(value: str) -> str:

@@ -18,11 +18,15 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sqlalchemy import text
 
-from embstore import catalog, transfer, vectors
+from embstore import catalog, vectors
 from embstore.db.engine import Database
 from embstore.queue import Queue, take_lease
 from embstore.register import enqueue, register
 from embstore.sources import Entry
+from embstore.transfer import export
+from embstore.transfer.files import MARKER
+from embstore.transfer.pickles import speaker_file
+from embstore.transfer.table import FORMATS
 
 Cli = Callable[..., Result]
 
@@ -128,12 +132,13 @@ def test_parquet_without_pyarrow(averaged: Database, cli: Cli, tmp_path: Path, m
 
 
 def test_more_speakers_than_one_piece(store: Database, cli: Cli, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(transfer, "_PIECE", 7)
+    monkeypatch.setattr(export, "_PIECE", 7)
     name_speakers(store, *(f"speaker {i}" for i in range(50)))
     assert cli("centroids").exit_code == 0
     wanted = {name: vector.tobytes() for name, vector in stored(store).items()}
-    for form in transfer.FORMATS:
-        assert cli("export", "centroids", str(tmp_path), "--format", form).exit_code == 0
+    for form in FORMATS:
+        flags = ("--dataset", "odd") if form == "kaldi" else ()
+        assert cli("export", "centroids", str(tmp_path), *flags, "--format", form).exit_code == 0
     found = np.load(tmp_path / "centroids.npz")
     both = zip(found["speaker"], found["embedding"], strict=True)
     assert {str(name): vector.tobytes() for name, vector in both} == wanted
@@ -156,7 +161,7 @@ def test_names_that_could_lead_out_of_the_folder(store: Database, cli: Cli, tmp_
 
 @given(st.lists(st.text(st.characters(exclude_characters="\0", codec="utf-8"), max_size=20), unique=True))
 def test_every_name_has_a_file_of_its_own(names: list[str]) -> None:
-    files = {transfer.speaker_file("../data", name) for name in names}
+    files = {speaker_file("../data", name) for name in names}
     assert len(files) == len(names)
     for file in files:
         assert not file.is_absolute()
@@ -213,7 +218,7 @@ def test_what_fails_in_the_middle_leaves_no_half_file(averaged: Database, cli: C
         connection.execute(text(_SHORTEN))
     result = cli("export", "centroids", str(tmp_path), "--format", "parquet")
     assert result.exit_code != 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == [transfer.MARKER, "centroids.npz"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [MARKER, "centroids.npz"]
     assert (tmp_path / "centroids.npz").read_bytes() == before
 
 
