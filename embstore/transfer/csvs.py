@@ -5,23 +5,15 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from embstore.errors import UsageError
-from embstore.sources.listed import read_lines
-from embstore.transfer.decimals import to_decimal, to_float32
-from embstore.transfer.files import unreadable, whole
-from embstore.transfer.table import Batch, Facts, Field, Kind, Spot, Table, read_facts, wanted
-
-_BYTES = 20_000_000
-_ROWS = 20_000
-_LONGEST_FIELD = 1 << 20
-"""Characters: a vector of 16,000 dimensions has some 200,000."""
+from embstore.transfer.files import whole
+from embstore.transfer.table import Field, Table
 
 
 def write(folder: Path, table: Table) -> Path:
@@ -45,7 +37,7 @@ def _lines(rows: Iterable[Sequence[Any]]) -> bytes:
 
 def _to_words(values: Any, field: Field) -> Iterator[Any]:
     if field.type == "vector":
-        return (f"[{to_decimal(row)}]" for row in values)
+        return (f"[{_to_decimal(row)}]" for row in values)
     if field.type == "double":
         return ("" if math.isnan(value) else repr(value) for value in values.tolist())
     if field.type == "real":
@@ -53,114 +45,6 @@ def _to_words(values: Any, field: Field) -> Iterator[Any]:
     return iter(values if field.type == "text" else values.tolist())
 
 
-class Reader:
-    """A CSV file. Opening it reads its header and its first row. Raises UsageError where it lacks a column."""
-
-    def __init__(self, path: Path, kind: Kind) -> None:
-        self._path = path
-        csv.field_size_limit(_LONGEST_FIELD)
-        self.facts = facts_beside(path, kind)
-        rows = self._rows()
-        _, header = next(rows, (0, []))
-        self._columns = _columns(header, kind, path)
-        self._width = len(header)
-        self.dim = 0
-        if self._has_vectors():
-            place = next(place for place, field in self._columns if field.type == "vector")
-            _, first = next(rows, (0, []))
-            self.dim = len(_numbers(first[place])) if len(first) > place else 0
-
-    def where(self, row: int) -> str:
-        """Name a row."""
-        return f"'{self._path.name}' line {row}"
-
-    def batches(self, spot: Callable[[Spot], None]) -> Iterator[Batch]:
-        """The rows; those that cannot be read are left out and told of."""
-        size = max(1, min(_ROWS, _BYTES // (4 * self.dim + 200)))
-        rows = self._rows()
-        next(rows)
-        while piece := list(islice(rows, size)):
-            batch = self._batch(piece, spot)
-            if batch["row"]:
-                yield batch
-
-    def _batch(self, rows: list[tuple[int, list[str]]], spot: Callable[[Spot], None]) -> Batch:
-        batch: Batch = {"row": [], **{field.name: [] for _, field in self._columns}}
-        for line, words in rows:
-            try:
-                if len(words) != self._width:
-                    raise ValueError(f"{len(words)} cells under a header of {self._width}")
-                values = [self._value(words[place], field) for place, field in self._columns]
-            except ValueError as error:
-                spot(Spot(self.where(line), str(error)))
-                continue
-            batch["row"].append(line)
-            for (_, field), value in zip(self._columns, values, strict=True):
-                batch[field.name].append(value)
-        for _, field in self._columns:
-            if field.type != "text" and batch["row"]:
-                dtype = {"int": np.int64, "double": np.float64}.get(field.type, np.float32)
-                batch[field.name] = np.array(batch[field.name], dtype=dtype)
-        return batch
-
-    def _value(self, word: str, field: Field) -> Any:
-        if field.type == "vector":
-            numbers = _numbers(word)
-            if len(numbers) != self.dim:
-                raise ValueError(f"no vector of {self.dim} values")
-            return to_float32(numbers)
-        if field.type == "text":
-            return word or None
-        try:
-            if field.type == "int":
-                return int(word) if word else -1
-            if field.type == "real":
-                return to_float32([word])[0] if word else math.nan
-            return float(word) if word else math.nan
-        except (ValueError, OverflowError):
-            raise ValueError(f"{field.name} '{word[:40]}' is no number") from None
-
-    def _rows(self) -> Iterator[tuple[int, list[str]]]:
-        """Line and cells of each row that is not blank, the header first."""
-        reader = csv.reader(read_lines(self._path), strict=True)
-        try:
-            for cells in reader:
-                if cells:
-                    yield reader.line_num, cells
-        except csv.Error as error:
-            raise UsageError(f"'{self._path}' line {reader.line_num} is no CSV: {error}") from None
-
-    def _has_vectors(self) -> bool:
-        return any(field.type == "vector" for _, field in self._columns)
-
-
-def _columns(header: list[str], kind: Kind, path: Path) -> list[tuple[int, Field]]:
-    """Places of the columns that are wanted, and what they are. Raises UsageError if one is missing."""
-    places = {name.strip().lower(): place for place, name in reversed(list(enumerate(header)))}
-    found = []
-    for field in wanted(kind):
-        place = next((places[word] for word in (field.name, *field.aliases) if word in places), None)
-        if place is not None:
-            found.append((place, field))
-        elif field.required:
-            shown = ", ".join(repr(name[:40]) for name in header[:20])
-            raise UsageError(f"'{path}' has no column '{field.name}': its first line names {shown}")
-    return found
-
-
-def _numbers(word: str) -> list[str]:
-    inside = word.strip()
-    if not (inside.startswith("[") and inside.endswith("]")):
-        raise ValueError("the vector is not written as [0.1,0.2]")
-    return inside[1:-1].split(",")
-
-
-def facts_beside(path: Path, kind: Kind) -> Facts | None:
-    """What `KIND.json` beside a file says; None without one that is embstore's."""
-    beside = path.with_name(f"{kind}.json")
-    if path.stem != kind or not beside.is_file():
-        return None
-    try:
-        return read_facts(beside.read_bytes(), kind, f"'{beside}'")
-    except OSError as error:
-        raise unreadable(error, beside) from None
+def _to_decimal(vector: NDArray[np.float32]) -> str:
+    """Numbers with commas between; nine digits tell each float32 from every other."""
+    return ",".join(["%.9g"] * len(vector)) % tuple(vector.tolist())

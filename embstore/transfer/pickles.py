@@ -5,34 +5,26 @@
     boundaries    DIR/DATASET/boundaries.pkl, one dict of columns
 
 NAME is the audio file's without its ending; with it where several items would be called the same, and with `@START` for
-a stretch. docs/transfer.md says what the dicts hold.
+a stretch.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import pickle
-from collections.abc import Callable, Iterator, Mapping
-from itertools import islice
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from embstore.errors import UsageError
-from embstore.sources.natural import natural_key
-from embstore.sources.speaker import DEFAULT, speaker_rule
-from embstore.transfer import unpickle
-from embstore.transfer.files import component, folders_and_name, unreadable, utterance_id, whole
-from embstore.transfer.table import Batch, Facts, Kind, Spot, Table, read_facts
+from embstore.transfer.files import component, folders_and_name, utterance_id, whole
+from embstore.transfer.table import Batch, Facts, Table
 
 STATS = "extraction_stats.json"
 _ENDING = ".pkl"
-_BYTES = 20_000_000
-_ROWS = 2_000
 _Dict = dict[Any, Any]
 
 
@@ -159,217 +151,3 @@ def item_file(path: str, start: float | None, contested: frozenset[str]) -> Path
     place = folders_and_name(name, _ENDING)
     last = place.name[: -len(_ENDING)].replace("@", "%40")
     return place.with_name(last + ("" if start is None else f"@{start!r}") + _ENDING)
-
-
-class Reader:
-    """A folder of pickles. Opening it looks for the first one that can be read. Raises UsageError if there is none."""
-
-    def __init__(self, folder: Path, kind: Kind) -> None:
-        self._kind = kind
-        self._folder, self.facts = _base(folder, kind)
-        self.dim = (self.facts.dim or 0) if self.facts else 0
-        if not next(_files(self._folder), None):
-            raise UsageError(f"there are no pickles (*{_ENDING}) in '{folder}'")
-        if not self.dim and kind != "boundaries":
-            found = (_vector(_load(path)) for path in _files(self._folder) if _is_good(path))
-            self.dim = len(next(found, ()))
-
-    def where(self, row: str) -> str:
-        """Name a row: its file."""
-        return f"'{row}'"
-
-    def batches(self, spot: Callable[[Spot], None]) -> Iterator[Batch]:
-        """What the files hold, in natural order of their paths; those that are refused are left out and told of."""
-        if self._kind == "boundaries":
-            yield from self._columns()
-            return
-        size = max(1, min(_ROWS, _BYTES // (4 * self.dim + 1000)))
-        paths = _files(self._folder)
-        read = self._item if self._kind == "embeddings" else self._centroid
-        while piece := list(islice(paths, size)):
-            rows = []
-            for path in piece:
-                try:
-                    rows.append(read(path))
-                except unpickle.Refused as error:
-                    spot(Spot(self.where(self._name(path)), str(error)))
-            if rows:
-                yield _batch(rows)
-
-    def _item(self, path: Path) -> dict[str, Any]:
-        found, vector, name = self._found(path)
-        inside = name[: -len(_ENDING)]
-        by_folder = speaker_rule(DEFAULT)(inside)
-        return {
-            "row": name,
-            "position": _integer(found, "position"),
-            "path": _text(found, "original_path") or inside,
-            "start": _number(found, "start"),
-            "duration": _number(found, "duration"),
-            "speaker": _text(found, "speaker_id", "speaker") if _has(found, "speaker_id", "speaker") else by_folder,
-            "embedding": vector,
-        }
-
-    def _centroid(self, path: Path) -> dict[str, Any]:
-        found, vector, name = self._found(path)
-        return {
-            "row": name,
-            "dataset": _text(found, "dataset"),
-            "speaker": _text(found, "speaker_id", "speaker") or name[: -len(_ENDING)],
-            "embedding": vector,
-            "num_utterances": _integer(found, "num_utterances"),
-        }
-
-    def _found(self, path: Path) -> tuple[_Dict, NDArray[np.float32], str]:
-        value = _load(path)
-        vector = _vector(value)
-        if len(vector) != self.dim:
-            raise unpickle.Refused(f"a vector of {len(vector)} values among those of {self.dim}")
-        return (value if isinstance(value, dict) else {}), vector, self._name(path)
-
-    def _name(self, path: Path) -> str:
-        return path.relative_to(self._folder).as_posix()
-
-    def _columns(self) -> Iterator[Batch]:
-        path = next(_files(self._folder))
-        try:
-            value = _load(path)
-        except unpickle.Refused as error:
-            raise UsageError(f"'{path}': {error}") from None
-        paths = value.get("path") if isinstance(value, dict) else None
-        if not isinstance(paths, list):
-            raise UsageError(f"'{path}' holds no boundaries: its 'path' is no list")
-        names = {"position": "i", "start": "f", "score": "f", "confidence": "f", "voice": "i"}
-        for name, kind in names.items():
-            column = value.get(name)
-            if not isinstance(column, np.ndarray) or column.dtype.kind != kind or column.shape != (len(paths),):
-                raise UsageError(f"'{path}' holds no boundaries: its '{name}' is no column of numbers")
-        rows = [f"{self._name(path)}, entry {i + 1}" for i in range(len(paths))]
-        yield {"row": rows, "path": paths, **{name: value[name] for name in names}}
-
-
-def _base(folder: Path, kind: Kind) -> tuple[Path, Facts | None]:
-    """The folder of the tree itself, and what it says of itself. Raises UsageError if it holds several trees."""
-    if kind == "boundaries":
-        found = [*folder.glob("boundaries.pkl"), *folder.glob("*/boundaries.pkl")]
-        if len(found) != 1:
-            raise UsageError(f"'{folder}' holds {len(found)} files 'boundaries.pkl': name the folder of one")
-        try:
-            value = _load(found[0])
-        except unpickle.Refused as error:
-            raise UsageError(f"'{found[0]}': {error}") from None
-        told = (
-            {key: v for key, v in value.items() if not isinstance(v, list | np.ndarray)}
-            if isinstance(value, dict)
-            else {}
-        )
-        return found[0].parent, read_facts(json.dumps(told, default=str), kind, f"'{found[0]}'")
-    name = STATS if kind == "embeddings" else "centroids.json"
-    places = [path for path in (folder / name, *sorted(folder.glob(f"*/{name}"))) if path.is_file()]
-    if len(places) > 1 and places[0].parent != folder:
-        trees = ", ".join(f"'{place.parent}'" for place in places[:5])
-        raise UsageError(f"'{folder}' holds several trees: name one of {trees}")
-    if not places:
-        return folder, None
-    try:
-        text = places[0].read_bytes()
-    except OSError as error:
-        raise unreadable(error, places[0]) from None
-    # Other pipelines write a file of this name too.
-    facts = read_facts(text, kind, f"'{places[0]}'") if b'"embstore"' in text[:100] else None
-    return places[0].parent, facts
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    """The pickles below a folder in natural order; links to folders are not followed, and hidden files passed over."""
-    try:
-        entries = sorted(os.scandir(folder), key=lambda entry: natural_key(entry.name))
-    except OSError as error:
-        raise unreadable(error, folder) from None
-    for entry in entries:
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir(follow_symlinks=False):
-            yield from _files(Path(entry.path))
-        elif entry.name.endswith(_ENDING) and entry.is_file():
-            yield Path(entry.path)
-
-
-def _load(path: Path) -> Any:
-    """What a pickle holds. Raises unpickle.Refused."""
-    try:
-        with path.open("rb") as file:
-            data = file.read(unpickle.LARGEST + 1)
-    except OSError as error:
-        raise unpickle.Refused(f"it cannot be read: {error.strerror}") from None
-    if len(data) > unpickle.LARGEST:
-        raise unpickle.Refused(f"it is larger than {unpickle.LARGEST >> 20} MB")
-    return unpickle.load(data)
-
-
-def _is_good(path: Path) -> bool:
-    try:
-        _vector(_load(path))
-    except unpickle.Refused:
-        return False
-    return True
-
-
-def _vector(value: Any) -> NDArray[np.float32]:
-    """The vector of a dict, or a bare one. Raises Refused."""
-    if isinstance(value, dict):
-        value = next((value[name] for name in ("embedding", "centroid", "emb", "vector") if name in value), None)
-    if isinstance(value, list | tuple) and all(isinstance(number, int | float) for number in value):
-        value = np.array(value, dtype=np.float64)
-    if not isinstance(value, np.ndarray) or value.dtype.kind != "f":
-        raise unpickle.Refused("it holds no 'embedding', which is an array of floats")
-    if value.ndim == 2 and value.shape[0] == 1:
-        value = value[0]
-    if value.ndim != 1 or not len(value):
-        raise unpickle.Refused(f"its embedding is of {' × '.join(map(str, value.shape))} values, not a vector")
-    with np.errstate(over="ignore"):
-        return np.asarray(value, dtype=np.float32)
-
-
-def _has(found: _Dict, *names: str) -> bool:
-    return any(name in found for name in names)
-
-
-def _text(found: _Dict, *names: str) -> str | None:
-    for name in names:
-        value = found.get(name)
-        if isinstance(value, np.generic):
-            value = value.item()
-        if isinstance(value, str):
-            return value or None
-        if isinstance(value, int) and not isinstance(value, bool):
-            return str(value)
-        if value is not None:
-            raise unpickle.Refused(f"its '{name}' is no text")
-    return None
-
-
-def _number(found: _Dict, name: str) -> float:
-    value = found.get(name)
-    if value is None:
-        return math.nan
-    if not isinstance(value, int | float | np.number) or isinstance(value, bool):
-        raise unpickle.Refused(f"its '{name}' is no number")
-    try:
-        return float(value.real)
-    except OverflowError:
-        raise unpickle.Refused(f"its '{name}' is beyond all measure") from None
-
-
-def _integer(found: _Dict, name: str) -> int:
-    value = _number(found, name)
-    return int(value) if 0 <= value < 1 << 53 else -1
-
-
-def _batch(rows: list[dict[str, Any]]) -> Batch:
-    batch: Batch = {name: [row[name] for row in rows] for name in rows[0]}
-    for name, dtype in (("position", np.int64), ("num_utterances", np.int64), ("start", float), ("duration", float)):
-        if name in batch:
-            batch[name] = np.array(batch[name], dtype=dtype)
-    batch["embedding"] = np.stack(batch["embedding"])
-    return batch

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol, get_args
-
-from embstore.errors import UsageError
+from typing import Any, Literal, NamedTuple, get_args
 
 Kind = Literal["embeddings", "centroids", "boundaries"]
 Format = Literal["pkl", "npz", "parquet", "kaldi", "csv"]
@@ -18,52 +16,43 @@ FieldType = Literal["text", "int", "double", "real", "vector", "ints", "texts"]
 Batch = dict[str, Any]
 """Columns by name: `text` is a list of str or None; `int`, `double` and `real` are int64, float64 and float32 arrays,
 in which NaN is null; `vector` is float32 [n, dim]; `ints` and `texts` are lists of lists, which only Parquet and
-pickles hold. A batch that was read has a column `row` too, by which its reader can name a row."""
+pickles hold."""
 
 
 class Field(NamedTuple):
-    """A column: its name, its type, and other names that it goes by in files of other programs."""
+    """A column: its name and its type."""
 
     name: str
     type: FieldType
-    aliases: tuple[str, ...] = ()
-    required: bool = False
-    """When a file is read."""
-    read: bool = True
-    """False: only for people; the facts say it, or it holds for one database alone."""
 
-
-_PATH = ("paths", "audio_filepath", "audio_path", "audio", "wav", "file", "filename", "original_path", "utterance_id")
-_SPEAKER = ("speakers", "speaker_id", "spk")
-_EMBEDDING = ("embeddings", "emb", "embs", "vector", "vectors")
 
 FIELDS: Mapping[Kind, tuple[Field, ...]] = {
     "embeddings": (
         Field("position", "int"),
-        Field("path", "text", _PATH, required=True),
-        Field("start", "double", ("offset",)),
-        Field("duration", "double", ("duration_s", "dur")),
-        Field("speaker", "text", _SPEAKER),
-        Field("embedding", "vector", _EMBEDDING, required=True),
+        Field("path", "text"),
+        Field("start", "double"),
+        Field("duration", "double"),
+        Field("speaker", "text"),
+        Field("embedding", "vector"),
     ),
     "centroids": (
         Field("dataset", "text"),
-        Field("model", "text", read=False),
-        Field("speaker", "text", _SPEAKER, required=True),
-        Field("embedding", "vector", ("centroid", "centroids", *_EMBEDDING), required=True),
+        Field("model", "text"),
+        Field("speaker", "text"),
+        Field("embedding", "vector"),
         Field("average", "text"),
         Field("num_utterances", "int"),
         Field("failed_utterances", "int"),
         Field("cohesion", "real"),
-        Field("utterance_list", "ints", read=False),
-        Field("original_paths", "texts", read=False),
+        Field("utterance_list", "ints"),
+        Field("original_paths", "texts"),
     ),
     "boundaries": (
         Field("position", "int"),
-        Field("path", "text", required=True),
+        Field("path", "text"),
         Field("start", "double"),
-        Field("score", "real", required=True),
-        Field("confidence", "real", required=True),
+        Field("score", "real"),
+        Field("confidence", "real"),
         Field("segment", "int"),
         Field("voice", "int"),
     ),
@@ -96,44 +85,6 @@ class Facts:
         return json.dumps({"embstore": values.pop("kind"), "version": 1, **values}, ensure_ascii=False)
 
 
-_TYPES: Mapping[str, type] = {
-    "dataset": str,
-    "root": str,
-    "media": str,
-    "model": str,
-    "fingerprint": str,
-    "dim": int,
-    "settings": dict,
-    "rows": int,
-    "average": str,
-    "run": dict,
-}
-
-
-def read_facts(text: str | bytes, kind: Kind, where: str) -> Facts:
-    """The facts that a file carries. Raises UsageError where they are broken, or of another kind of table."""
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        raise UsageError(f"what {where} says of itself is no JSON: it is damaged") from None
-    if not isinstance(found, dict) or found.get("embstore") not in get_args(Kind):
-        raise UsageError(f"{where} was not written by 'embstore export'")
-    if found["embstore"] != kind:
-        raise UsageError(f"{where} holds {found['embstore']}, not {kind}: type 'embstore import {found['embstore']}'")
-    if found.get("version") != 1:
-        raise UsageError(f"{where} was written by a newer embstore: type 'pip install --upgrade embstore'")
-    values = {name: found[name] for name in _TYPES if found.get(name) is not None}
-    for name, value in values.items():
-        if not isinstance(value, _TYPES[name]) or isinstance(value, bool):
-            raise UsageError(f"what {where} says of itself is damaged: '{name}' is no {_TYPES[name].__name__}")
-    return Facts(kind, **values)
-
-
-def wanted(kind: Kind) -> list[Field]:
-    """The columns that are looked for in a file."""
-    return [field for field in FIELDS[kind] if field.read]
-
-
 @dataclass(frozen=True)
 class Table:
     """A table on its way out."""
@@ -158,32 +109,3 @@ class Table:
     def dim(self) -> int:
         """Length of its vectors; 0 for none."""
         return self.facts.dim or 0
-
-
-class Spot(NamedTuple):
-    """A row that cannot be carried, and why."""
-
-    where: str
-    """The file, and the row in it, counted from 1."""
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.reason}"
-
-
-class Reader(Protocol):
-    """A table on its way in: a file or files that have been opened."""
-
-    facts: Facts | None
-    """None: the file says nothing of itself, as those of other programs."""
-    dim: int
-    """Length of its vectors; 0 for none."""
-
-    def where(self, row: Any) -> str:
-        """Name a row, by what stands for it in the column `row` of a batch."""
-
-    def batches(self, spot: Callable[[Spot], None]) -> Iterator[Batch]:
-        """The rows, in the same order and batches each time. `spot` is told of those that cannot be carried.
-
-        Raises UsageError where a file is damaged as a whole.
-        """
