@@ -15,18 +15,13 @@ Memory is the largest resident set of each kind of process, the part of it that 
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from statistics import median
 from typing import Any
 
 import numpy as np
-import psutil
-from common import arguments, in_turns, ratio, seconds, server, show, show_ratio
+from common import arguments, in_turns, memory_watched, ratio, seconds, server, show, show_ratio
 from numpy.typing import NDArray
 from sqlalchemy import Connection, text
 
@@ -82,7 +77,7 @@ def main() -> None:
 def _measure(settings: Settings, database: Database, items: int, speakers: int, rounds: int, target: str) -> None:
     command = _Command(settings)
     command("--recompute")
-    with _memory(settings) as memory:
+    with memory_watched(settings) as memory:
         command("--recompute")
     tasks = {
         "command": lambda: command("--recompute"),
@@ -159,42 +154,6 @@ def _numpy(database: Database, items: int, speakers: int) -> None:
             sums[names] += np.add.reduceat(rows["embedding"][order].astype(np.float64), starts, axis=0)
             counts += np.bincount(rows["speaker"], minlength=speakers)
     assert np.isfinite(sums / counts[:, None]).all()
-
-
-@contextmanager
-def _memory(settings: Settings) -> Iterator[dict[str, int]]:
-    """Largest resident set of the command, of the helper that its workers are forks of, of these, and of the server's
-    sessions, in bytes."""
-    largest: dict[str, int] = {}
-    stop = threading.Event()
-
-    def look() -> None:
-        while not stop.is_set():
-            for process in psutil.process_iter():
-                with suppress(psutil.Error):
-                    if kind := _kind(process, settings):
-                        largest[kind] = max(largest.get(kind, 0), process.memory_info().rss)
-            stop.wait(0.05)
-
-    thread = threading.Thread(target=look)
-    thread.start()
-    try:
-        yield largest
-    finally:
-        stop.set()
-        thread.join()
-
-
-def _kind(process: psutil.Process, settings: Settings) -> str | None:
-    words = " ".join(process.cmdline())
-    above = process.parent()
-    if above is None or not re.search("centroids|forkserver|postgres: embstore", words):
-        return None
-    if above.pid == os.getpid():
-        return "command"
-    if "forkserver" in words:
-        return "worker" if "forkserver" in " ".join(above.cmdline()) else "helper"
-    return "session" if str(settings.home) in " ".join(above.cmdline()) else None
 
 
 if __name__ == "__main__":

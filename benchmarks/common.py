@@ -6,11 +6,14 @@ import argparse
 import os
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import median
+
+import psutil
 
 from embstore.db import embedded, migrate
 from embstore.db.engine import Database
@@ -57,6 +60,47 @@ def server() -> Iterator[Settings]:
             embedded.stop(settings.home, force=True)
             while not is_free(place, place.keeper_lock):
                 time.sleep(0.05)
+
+
+@contextmanager
+def memory_watched(settings: Settings) -> Iterator[dict[str, int]]:
+    """Largest resident set meanwhile, in bytes, of each kind of process (`_kind`); shared pages count too."""
+    largest: dict[str, int] = {}
+    stop = threading.Event()
+
+    def look() -> None:
+        while not stop.is_set():
+            for process in psutil.process_iter():
+                with suppress(psutil.Error):
+                    if kind := _kind(process, settings):
+                        largest[kind] = max(largest.get(kind, 0), process.memory_info().rss)
+            stop.wait(0.1)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield largest
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _kind(process: psutil.Process, settings: Settings) -> str | None:
+    """This process, a command it started, its workers, the helper that they are forks of, the server's sessions."""
+    if process.pid == os.getpid():
+        return "client"
+    above, words = process.parent(), " ".join(process.cmdline())
+    if above is None:
+        return None
+    if above.pid == os.getpid():
+        return "command" if "embstore" in process.cmdline() else None
+    if "forkserver" in words:
+        return "worker" if "forkserver" in " ".join(above.cmdline()) else "helper"
+    if "spawn_main" in words and above.ppid() == os.getpid():
+        return "worker"
+    if "postgres: embstore" in words and str(settings.home) in " ".join(above.cmdline()):
+        return "session"
+    return None
 
 
 def seconds(work: Callable[[], object]) -> float:

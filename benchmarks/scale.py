@@ -20,15 +20,12 @@ import argparse
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import psutil
-from common import seconds, server
+from common import memory_watched, seconds, server
 from sqlalchemy import text
 
 from embstore import catalog, vectors
@@ -92,7 +89,7 @@ def _measure(settings: Settings, size: int) -> dict[str, float]:
     print(f"\n{size:,} items\n{'':10}   {'seconds':>9}   {'µs/item':>8}   memory")
     taken = {}
     for name, step in steps.items():
-        with _memory(settings) as memory:
+        with memory_watched(settings) as memory:
             taken[name] = seconds(step)
         largest = ", ".join(f"{kind} {peak >> 20:,} MiB" for kind, peak in sorted(memory.items()))
         print(f"{name:10}   {taken[name]:9.3f}   {1e6 * taken[name] / size:8.1f}   {largest}", flush=True)
@@ -170,44 +167,6 @@ def _command(settings: Settings, word: str) -> None:
     environment = os.environ | {"EMBSTORE_HOME": str(settings.home)}
     environment.pop("DATABASE_URL", None)
     subprocess.run([sys.executable, "-m", "embstore", word], env=environment, capture_output=True, check=True)
-
-
-@contextmanager
-def _memory(settings: Settings) -> Iterator[dict[str, int]]:
-    """Largest resident set of this process, of a command, of its workers and of the server's sessions, in bytes."""
-    largest: dict[str, int] = {}
-    stop = threading.Event()
-
-    def look() -> None:
-        while not stop.is_set():
-            for process in psutil.process_iter():
-                with suppress(psutil.Error):
-                    if kind := _kind(process, settings):
-                        largest[kind] = max(largest.get(kind, 0), process.memory_info().rss)
-            stop.wait(0.2)
-
-    thread = threading.Thread(target=look)
-    thread.start()
-    try:
-        yield largest
-    finally:
-        stop.set()
-        thread.join()
-
-
-def _kind(process: psutil.Process, settings: Settings) -> str | None:
-    if process.pid == os.getpid():
-        return "client"
-    above = process.parent()
-    if above is None:
-        return None
-    if above.pid == os.getpid():
-        return "command" if "embstore" in process.cmdline() else None
-    if "spawn_main" in " ".join(process.cmdline()) and above.ppid() == os.getpid():
-        return "worker"
-    if "postgres: embstore" in " ".join(process.cmdline()) and str(settings.home) in " ".join(above.cmdline()):
-        return "session"
-    return None
 
 
 def _exponent(curve: dict[int, float], smallest: int) -> float:
