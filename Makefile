@@ -46,7 +46,7 @@ demo: $(INSTALLED) ## embed the sample speech and ask the database who sounds li
 test: $(INSTALLED) ## run the tests on a real PostgreSQL, which comes along
 	$(BIN)/python -m pytest $(ARGS)
 
-soak: $(INSTALLED) ## every fault at every point, and the queue against its model at length: about half an hour
+soak: $(INSTALLED) ## every fault at every point, and the queue against its model, at length
 	EMBSTORE_SOAK=1 $(BIN)/python -m pytest -n auto --dist loadfile tests/crash \
 		tests/integration/test_queue_model.py tests/unit/test_fuzz.py
 
