@@ -40,7 +40,7 @@ def _use_up_memory() -> None:
 
 ACTIONS: dict[str, Callable[[], object]] = {
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
-    "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "stop": lambda: signal.raise_signal(signal.SIGSTOP),
     "term": lambda: os.kill(os.getpid(), signal.SIGTERM),
     "segv": lambda: ctypes.string_at(0),
     "memory": _use_up_memory,

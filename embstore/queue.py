@@ -23,7 +23,7 @@ from sqlalchemy import Connection, Row, TextClause, text
 
 from embstore.errors import LeaseLost
 
-LEASE_SECONDS = 30.0
+LEASE_SECONDS = float(os.environ.get("EMBSTORE_TEST_LEASE_SECONDS", 30))
 """How long a worker that went silent keeps its rows. By the server's clock alone: those of workers may be wrong."""
 MAX_ATTEMPTS = 3
 """An item that was being worked on when its worker died, this many times, has killed it: it is set aside."""
@@ -40,6 +40,11 @@ RETURNING token
 _RENEW_LEASE = """
 UPDATE embstore.lease SET expires_at = clock_timestamp() + make_interval(secs => :seconds) WHERE token = :token
 """
+
+# A worker that is stopped in mid-transaction holds the locks of its rows, and nobody could rescue them: the server ends
+# its session. For one transaction, as other sessions may share the connection (PgBouncer); sent together with what
+# changes rows, for which it costs nothing.
+_LIMIT = f"SET LOCAL idle_in_transaction_session_timeout = {round(1000 * LEASE_SECONDS)}; "
 
 # SKIP LOCKED lets workers claim side by side. The keyset (key > :after) keeps a claim cheap while an old snapshot, a
 # backup say, keeps the index entries of claimed rows alive: without it each claim would wade through all of them.
@@ -223,5 +228,6 @@ class Queue:
         # Kept, as to take a statement apart anew takes as long as to send it.
         statement = self._statements.get(sql)
         if statement is None:
-            statement = self._statements[sql] = text(sql.format(**self._names))
+            limit = _LIMIT if "UPDATE" in sql else ""
+            statement = self._statements[sql] = text(limit + sql.format(**self._names))
         return connection.execute(statement, {**self.scope, **values})

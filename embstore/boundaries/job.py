@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import threading
 import time
 from collections import Counter
@@ -28,7 +27,7 @@ from embstore.db.copy import copy_rows
 from embstore.db.engine import Database
 from embstore.errors import DatabaseError
 from embstore.progress import Display, Tally
-from embstore.queue import LEASE_SECONDS, Queue, Refusal
+from embstore.queue import Queue, Refusal
 from embstore.settings import Settings
 from embstore.supervise import Committed, Leased, Outcome, Run, Share
 from embstore.workers import Channel
@@ -94,7 +93,6 @@ class Job:
     settings: Settings
     model_id: int
     dataset_ids: tuple[int, ...]
-    lease_seconds: float = LEASE_SECONDS
 
 
 def boundary_queue(dataset_id: int, model_id: int) -> Queue:
@@ -119,9 +117,7 @@ def detect(
     with database.begin() as connection:
         runs = {d.name: _begin(connection, d.dataset_id, model.model_id, options) for d in datasets}
     shares = [Share(d, boundary_queue(d.dataset_id, model.model_id)) for d in datasets]
-    # Tests that wait for a lease to pass make it shorter.
-    lease = float(os.environ.get("EMBSTORE_TEST_LEASE_SECONDS", LEASE_SECONDS))
-    job = Job(settings, model.model_id, tuple(d.dataset_id for d in datasets), lease)
+    job = Job(settings, model.model_id, tuple(d.dataset_id for d in datasets))
     run = Run(database, "boundaries", model.model_id, shares, {"method": options.method, **options.parameters()})
     return run.go(work, lambda _runs: [job] * workers, show=show, environ={}), runs
 
@@ -157,7 +153,7 @@ class _Worker:
         self._model_id = job.model_id
         self._database = database
         self._queues = [boundary_queue(dataset_id, job.model_id) for dataset_id in job.dataset_ids]
-        self._claimant = Claimant(database, job.lease_seconds)
+        self._claimant = Claimant(database)
         channel.send(Leased(self._claimant.token))
 
     def run(self) -> None:

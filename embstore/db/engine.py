@@ -35,7 +35,7 @@ _CONNECT_ARGS = {
     "client_encoding": "utf8",  # PGCLIENTENCODING may ask for one that does not hold every name
 }
 
-_SERVER_GOES_AWAY = {"57P01", "57P02", "57P03", "08000", "08001", "08003", "08006", "53300"}
+_SERVER_GOES_AWAY = {"57P01", "57P02", "57P03", "25P03", "08000", "08001", "08003", "08006", "53300"}
 _TRY_AGAIN = {"40001", "40P01"}
 # Errors while connecting carry no code. A server that speaks another language is waited for in vain.
 _REFUSES = re.compile(

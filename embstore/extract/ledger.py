@@ -25,7 +25,7 @@ from embstore.errors import ItemError
 from embstore.extract.batching import Outcome
 from embstore.extract.tuning import UNTUNED, Tuning
 from embstore.progress import Tally
-from embstore.queue import LEASE_SECONDS, Queue, Refusal
+from embstore.queue import Queue, Refusal
 
 FLUSH_SECONDS = 0.5
 """How long a finished item may wait for others before it is written."""
@@ -43,7 +43,6 @@ class Ledger:
         submit: Callable[[Sequence[ItemRow]], None],
         report: Callable[[int, Tally], None],
         stopping: threading.Event,
-        lease_seconds: float = LEASE_SECONDS,
         tuning: Tuning = UNTUNED,
     ) -> None:
         """`submit` takes claimed items to the decoders; `report(dataset_id, tally)` is told what was committed."""
@@ -62,7 +61,7 @@ class Ledger:
         self._not_before = 0.0
         self._rate = 0.0
         self._measured = time.monotonic()
-        self.claimant = Claimant(database, lease_seconds)
+        self.claimant = Claimant(database)
 
     def put(self, outcome: Outcome) -> None:
         """Hand in what became of an item; from any thread."""

@@ -26,7 +26,7 @@ from embstore.extract.tuning import UNTUNED, Tuning
 from embstore.extract.watchdog import STUCK_SECONDS, Watchdog, decoding_seconds
 from embstore.models.base import Model, Prepared, Recipe
 from embstore.progress import Tally
-from embstore.queue import LEASE_SECONDS, Queue
+from embstore.queue import Queue
 from embstore.settings import Settings
 from embstore.supervise import Committed, Leased
 from embstore.waits import Cause, Stopwatch
@@ -55,7 +55,6 @@ class Job:
     device: str
     decoders: int
     tuning: Tuning = UNTUNED
-    lease_seconds: float = LEASE_SECONDS
     patience: float = PATIENCE
     stuck_seconds: float = STUCK_SECONDS
 
@@ -91,14 +90,7 @@ class _Pipeline:
         self._device_done = threading.Event()
         self._books_closed = threading.Event()
         self._error: BaseException | None = None
-        self._ledger = Ledger(
-            database,
-            self._submit,
-            self._report,
-            self._stopping,
-            job.lease_seconds,
-            job.tuning,
-        )
+        self._ledger = Ledger(database, self._submit, self._report, self._stopping, job.tuning)
         channel.send(Leased(self._ledger.claimant.token))
 
     def run(self) -> None:

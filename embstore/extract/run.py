@@ -17,7 +17,6 @@ from embstore.extract.pipeline import Job, Task, extraction_queue, work
 from embstore.extract.watchdog import STUCK_SECONDS
 from embstore.models.base import Recipe
 from embstore.progress import Display
-from embstore.queue import LEASE_SECONDS
 from embstore.register import Registered, enqueue, register
 from embstore.settings import Settings
 from embstore.sources import Source
@@ -64,9 +63,8 @@ def extract(
     return run.go(work, lambda _runs: jobs, show=show, environ=plan.environ)
 
 
-def _limits() -> tuple[float, float, float]:
-    """Seconds of a lease, of patience with the database, and until work hangs; tests that wait for them have less."""
-    lease = float(os.environ.get("EMBSTORE_TEST_LEASE_SECONDS", LEASE_SECONDS))
+def _limits() -> tuple[float, float]:
+    """Seconds of patience with the database, and until work hangs; tests that wait for them have less."""
     patience = float(os.environ.get("EMBSTORE_TEST_PATIENCE_SECONDS", PATIENCE))
     stuck = float(os.environ.get("EMBSTORE_TEST_STUCK_SECONDS", STUCK_SECONDS))
-    return lease, patience, stuck
+    return patience, stuck
