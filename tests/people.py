@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
 from psycopg2 import sql
@@ -14,9 +16,12 @@ from sqlalchemy import make_url
 
 from embstore import members
 from embstore.db.engine import Database
+from embstore.db.home import Home
 from embstore.settings import Settings
 
 _numbers = itertools.count(1)
+
+PASSWORD = "s3cret wörd/%"
 
 
 class People:
@@ -53,14 +58,15 @@ class People:
                 members.add_member(connection, team, name, kind)
         return name
 
-    def address(self, login: str) -> str:
-        """Where a login connects to: by the Unix socket, which needs no password."""
+    def address(self, login: str, password: str | None = None) -> str:
+        """Where a login connects to: by the Unix socket, which needs no password unless `asked_for_passwords`."""
         assert self._settings.database_url is not None
-        return make_url(self._settings.database_url).set(username=login).render_as_string(hide_password=False)
+        url = make_url(self._settings.database_url).set(username=login, password=password)
+        return url.render_as_string(hide_password=False)
 
-    def connect(self, login: str, pool_size: int = 2) -> Database:
+    def connect(self, login: str, pool_size: int = 2, password: str | None = None) -> Database:
         """The database, as a login sees it."""
-        database = Database(replace(self._settings, database_url=self.address(login)), pool_size=pool_size)
+        database = Database(replace(self._settings, database_url=self.address(login, password)), pool_size=pool_size)
         self._opened.append(database)
         return database
 
@@ -97,3 +103,26 @@ def people_of(database: Database, settings: Settings) -> Iterator[People]:
         yield people
     finally:
         people.leave()
+
+
+@contextmanager
+def asked_for_passwords(home: Path, database: Database, role: str) -> Iterator[None]:
+    """Have the server of `home` ask the members of `role` for their passwords, in this database."""
+    rules = Home.at(home).data / "pg_hba.conf"
+    before = rules.read_text()
+
+    def tell(text: str) -> None:
+        rules.write_text(text)
+        with database.begin() as connection:
+            loaded = "SELECT pg_conf_load_time()"
+            then = connection.exec_driver_sql(loaded).scalar_one()
+            connection.exec_driver_sql("SELECT pg_reload_conf()")
+            connection.exec_driver_sql("COMMIT")
+            while connection.exec_driver_sql(loaded).scalar_one() == then:
+                time.sleep(0.01)
+
+    tell(f'local "{database.url.database}" +{role} scram-sha-256\n{before}')
+    try:
+        yield
+    finally:
+        tell(before)
