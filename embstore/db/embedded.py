@@ -120,7 +120,7 @@ def stop(home: Path, force: bool = False) -> bool:
             if not take(ours, fcntl.LOCK_EX, limit=0 if force else 1) and not force:
                 raise UsageError(_in_use(place, "other embstore processes use it"))
             with server_locked(place, START_LIMIT):
-                if not force and (count := sessions(place)):
+                if not force and (count := _lasting_sessions(place)):
                     raise UsageError(_in_use(place, f"{count} database session{'s are' if count > 1 else ' is'} open"))
                 place.keep.unlink(missing_ok=True)
                 stopped = stop_server(place)
@@ -165,6 +165,14 @@ def sessions(home: Home) -> int:
         )
         (count,) = cursor.fetchone() or (0,)
         return int(count)
+
+
+def _lasting_sessions(home: Home) -> int:
+    """Sessions that stay. One that was closed just now, our own last look included, is there for a moment yet."""
+    deadline = time.monotonic() + 1
+    while (count := sessions(home)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return count
 
 
 def stop_server(home: Home) -> bool:
