@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from statistics import median
 
@@ -46,9 +48,12 @@ def temporary_folder() -> Iterator[Path]:
 
 
 @contextmanager
-def server() -> Iterator[Settings]:
-    """Settings of a new, migrated embedded server as users have it (fsync on), which is removed in the end."""
-    with temporary_folder() as folder:
+def server(kept: Path | None = None) -> Iterator[Settings]:
+    """Settings of a migrated embedded server as users have it (fsync on): a new one, which is removed in the end.
+
+    With `kept`, the one in that folder, which is stopped and stays there.
+    """
+    with nullcontext(kept) if kept else temporary_folder() as folder:
         settings = Settings(home=folder / "home")
         place = Home.at(settings.home)
         try:
@@ -70,11 +75,12 @@ def memory_watched(settings: Settings) -> Iterator[dict[str, int]]:
 
     def look() -> None:
         while not stop.is_set():
-            for process in psutil.process_iter():
-                with suppress(psutil.Error):
-                    if kind := _kind(process, settings):
-                        largest[kind] = max(largest.get(kind, 0), process.memory_info().rss)
-            stop.wait(0.1)
+            with suppress(psutil.Error, OSError):
+                for process in _processes(settings):
+                    with suppress(psutil.Error):
+                        if kind := _kind(process):
+                            largest[kind] = max(largest.get(kind, 0), process.memory_info().rss)
+            stop.wait(0.2)
 
     thread = threading.Thread(target=look)
     thread.start()
@@ -85,7 +91,17 @@ def memory_watched(settings: Settings) -> Iterator[dict[str, int]]:
         thread.join()
 
 
-def _kind(process: psutil.Process, settings: Settings) -> str | None:
+def postmaster(settings: Settings) -> psutil.Process:
+    """The server of these settings."""
+    return psutil.Process(int((settings.home / "postgres" / "postmaster.pid").read_text().split()[0]))
+
+
+def _processes(settings: Settings) -> list[psutil.Process]:
+    own = psutil.Process()
+    return [own, *own.children(recursive=True), *postmaster(settings).children()]
+
+
+def _kind(process: psutil.Process) -> str | None:
     """This process, a command it started, its workers, the helper that they are forks of, the server's sessions."""
     if process.pid == os.getpid():
         return "client"
@@ -98,9 +114,14 @@ def _kind(process: psutil.Process, settings: Settings) -> str | None:
         return "worker" if "forkserver" in " ".join(above.cmdline()) else "helper"
     if "spawn_main" in words and above.ppid() == os.getpid():
         return "worker"
-    if "postgres: embstore" in words and str(settings.home) in " ".join(above.cmdline()):
-        return "session"
-    return None
+    return "session" if "postgres: embstore: embstore" in words else None
+
+
+def command(settings: Settings, *words: str) -> None:
+    """Run `embstore WORDS` on the server of these settings, as a process of its own."""
+    environment = os.environ | {"EMBSTORE_HOME": str(settings.home)}
+    environment.pop("DATABASE_URL", None)
+    subprocess.run([sys.executable, "-m", "embstore", *words], env=environment, capture_output=True, check=True)
 
 
 def seconds(work: Callable[[], object]) -> float:

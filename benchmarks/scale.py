@@ -6,31 +6,38 @@ write       their vectors of 256 dimensions and their `done`, 256 a transaction
 again       the same scan once more, when nothing is new
 status      the command `embstore status`
 centroids   the command `embstore centroids`: 1,000 items a speaker
+unchanged   the same command once more, when nothing has changed
 boundaries  the command `embstore boundaries`, method auto, which finds where the speaker changes
 search      the ten nearest of one vector among all, exactly: no index
 
 Printed for each size: seconds, microseconds an item, the largest memory of each kind of process, and the sizes of the
-tables with their indexes. At the end, for each step, the exponent b of seconds = a · items^b, by least squares on the
-logarithms, for sizes of --from on; b near 1 is linear. --picture writes the curves as a PNG.
+tables with their indexes; of claim and write, the first and the last tenth too. At the end, for each step, the exponent
+b of seconds = a · items^b, by least squares on the logarithms, for sizes of --from on; b near 1 is linear. --picture
+writes the curves as a PNG.
+
+With --folder, databases and figures stay there, and the same command goes on where it was: after --seconds it begins
+with nothing more, says so and ends with 75.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from common import memory_watched, seconds, server
+from common import command, memory_watched, seconds, server
 from sqlalchemy import text
 
 from embstore import catalog, vectors
 from embstore.db.engine import Database
-from embstore.queue import Queue, take_lease
+from embstore.queue import Queue, renew_lease, take_lease
 from embstore.register import enqueue, register
 from embstore.settings import Settings
 from embstore.sources import Entry
@@ -38,19 +45,28 @@ from embstore.sources import Entry
 DIM = 256
 A_SPEAKER = 1_000
 BATCH = 256
+PARTS = 10
+LEASE_SECONDS = 86_400.0
+GO_ON = 75
 _MODEL = """
 INSERT INTO embstore.model (name, media, dim, fingerprint, settings) VALUES ('bench', 'audio', :dim, '', '{}')
 RETURNING model_id
 """
+_CLAIMED = (
+    "SELECT item_id FROM embstore.extraction WHERE status = 'running' AND item_id > :after ORDER BY item_id LIMIT :n"
+)
+_HELD = "SELECT status, count(*), max(item_id) FROM embstore.extraction GROUP BY status"
 _NEAREST = """
 SELECT item_id FROM embstore.embeddings_bench
 ORDER BY embedding <=> (SELECT embedding FROM embstore.embeddings_bench LIMIT 1) LIMIT 10
 """
 _SIZES = """
-SELECT pg_table_size('embstore.item'), pg_indexes_size('embstore.item'), pg_table_size('embstore.extraction'),
-    pg_indexes_size('embstore.extraction'), pg_table_size('embstore.embedding_1'),
-    pg_indexes_size('embstore.embedding_1')
+SELECT relname, pg_table_size(relid), pg_indexes_size(relid) FROM pg_stat_user_tables
+WHERE schemaname = 'embstore' AND pg_table_size(relid) > 1 << 20 ORDER BY 2 DESC
 """
+
+Figures = dict[str, dict[str, Any]]
+"""Of each step: `seconds` of its parts, and `memory`, the peak in bytes of each kind of process."""
 
 
 def main() -> None:
@@ -61,41 +77,67 @@ def main() -> None:
         "--from", dest="smallest", type=int, default=0, help="smallest size that the exponent is fitted to"
     )
     parser.add_argument("--picture", type=Path, help="PNG to write the curves to")
+    parser.add_argument("--folder", type=Path, help="keep everything there, and go on with what is there")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin with nothing more after so long")
     options = parser.parse_args()
-    taken: dict[str, dict[int, float]] = {}
-    for size in options.sizes:
-        with server() as settings:
-            for step, value in _measure(settings, size).items():
-                taken.setdefault(step, {})[size] = value
-    print(
-        "\nexponents: " + ", ".join(f"{step} {_exponent(curve, options.smallest):.2f}" for step, curve in taken.items())
-    )
-    if options.picture:
-        _draw(taken, options.picture)
-
-
-def _measure(settings: Settings, size: int) -> dict[str, float]:
-    store = _Store(Database(settings), size)
-    steps: dict[str, Callable[[], object]] = {
-        "register": store.register,
-        "claim": store.claim,
-        "write": store.write,
-        "again": store.register,
-        "status": partial(_command, settings, "status"),
-        "centroids": partial(_command, settings, "centroids"),
-        "boundaries": partial(_command, settings, "boundaries"),
-        "search": store.search,
+    end = time.monotonic() + options.seconds
+    taken = {size: _of_size(size, options.folder, end) for size in options.sizes}
+    curves = {
+        step: {size: sum(figures[step]["seconds"]) for size, figures in taken.items()}
+        for step in taken[options.sizes[0]]
     }
-    print(f"\n{size:,} items\n{'':10}   {'seconds':>9}   {'µs/item':>8}   memory")
-    taken = {}
-    for name, step in steps.items():
-        with memory_watched(settings) as memory:
-            taken[name] = seconds(step)
-        largest = ", ".join(f"{kind} {peak >> 20:,} MiB" for kind, peak in sorted(memory.items()))
-        print(f"{name:10}   {taken[name]:9.3f}   {1e6 * taken[name] / size:8.1f}   {largest}", flush=True)
-    store.show_sizes()
-    store.database.close()
-    return taken
+    exponents = (f"{step} {_exponent(curve, options.smallest):.2f}" for step, curve in curves.items())
+    print("\nexponents: " + ", ".join(exponents))
+    if options.picture:
+        _draw(curves, taken[max(taken)], options.picture)
+
+
+def _of_size(size: int, folder: Path | None, end: float) -> Figures:
+    """Measure what is not measured yet, and print all of it."""
+    kept = folder and folder / str(size)
+    notes = kept and kept / "figures.json"
+    figures: Figures = json.loads(notes.read_text()) if notes and notes.exists() else {}
+    if kept:
+        kept.mkdir(parents=True, exist_ok=True)
+    if "sizes" not in figures:
+        with server(kept) as settings:
+            store = _Store(Database(settings), size)
+            for step in _measure(store, settings, figures):
+                if notes:
+                    notes.write_text(json.dumps(figures))
+                if time.monotonic() > end:
+                    print(f"{size:,} items: {step} is measured; run it again to go on")
+                    sys.exit(GO_ON)
+            figures["sizes"] = store.sizes()
+            store.database.close()
+        if notes:
+            notes.write_text(json.dumps(figures))
+    _show(size, figures)
+    return {step: figure for step, figure in figures.items() if step != "sizes"}
+
+
+def _measure(store: _Store, settings: Settings, figures: Figures) -> Iterator[str]:
+    """Each part of each step that has no figure yet."""
+    steps: dict[str, Sequence[Callable[[], object]]] = {
+        "register": [store.register],
+        "claim": [partial(store.claim, part) for part in range(PARTS)],
+        "write": [partial(store.write, part) for part in range(PARTS)],
+        "again": [store.register],
+        "status": [partial(command, settings, "status")],
+        "centroids": [partial(command, settings, "centroids")],
+        "unchanged": [partial(command, settings, "centroids")],
+        "boundaries": [partial(command, settings, "boundaries")],
+        "search": [store.search],
+    }
+    for step, parts in steps.items():
+        figure = figures.setdefault(step, {"seconds": [], "memory": {}, "load": 0.0})
+        for part in parts[len(figure["seconds"]) :]:
+            with memory_watched(settings) as memory:
+                figure["seconds"].append(seconds(part))
+            for kind, peak in memory.items():
+                figure["memory"][kind] = max(peak, figure["memory"].get(kind, 0))
+            figure["load"] = max(figure["load"], os.getloadavg()[0])
+            yield step
 
 
 class _Store:
@@ -104,12 +146,15 @@ class _Store:
     def __init__(self, database: Database, size: int) -> None:
         self.database = database
         self._size = size
-        self._keys: list[int] = []
         with database.begin() as connection:
-            model_id = connection.execute(text(_MODEL), {"dim": DIM}).scalar_one()
-            vectors.create_partition(connection, model_id, "bench", DIM)
+            model_id = connection.execute(text("SELECT model_id FROM embstore.model")).scalar_one_or_none()
+            if model_id is None:
+                model_id = connection.execute(text(_MODEL), {"dim": DIM}).scalar_one()
+                vectors.create_partition(connection, model_id, "bench", DIM)
+                take_lease(connection, LEASE_SECONDS)
+            self._token = int(connection.execute(text("SELECT min(token) FROM embstore.lease")).scalar_one())
+            renew_lease(connection, self._token, LEASE_SECONDS)
             dataset = catalog.ensure_dataset(connection, "bench", "audio", "/bench")
-            self._token = take_lease(connection, 86_400.0)
         self._queue = Queue(
             "embstore.extraction", "item_id", {"dataset_id": dataset.dataset_id, "model_id": int(model_id)}
         )
@@ -122,39 +167,56 @@ class _Store:
         with self.database.begin() as connection:
             enqueue(connection, scope["dataset_id"], scope["model_id"])
 
-    def claim(self) -> None:
+    def claim(self, part: int) -> None:
         """As workers do, but with nothing in between."""
-        after = 0
-        while keys := self.database.patiently(partial(self._claim, after)):
-            self._keys += keys
+        after = self._come_so_far("running", part)
+        left = self._size * (part + 1) // PARTS - self._size * part // PARTS
+        while left:
+            keys = self.database.patiently(partial(self._claim, min(left, BATCH), after))
+            left -= len(keys)
             after = keys[-1]
 
-    def _claim(self, after: int, connection: object) -> list[int]:
-        return self._queue.claim(connection, self._token, BATCH, after)  # type: ignore[arg-type]
+    def _claim(self, limit: int, after: int, connection: Any) -> list[int]:
+        return self._queue.claim(connection, self._token, limit, after)
 
-    def write(self) -> None:
+    def write(self, part: int) -> None:
         """Vectors of a speaker lie around a mean of its own."""
-        dice = np.random.default_rng(0)
-        mean = np.zeros(DIM, dtype=np.float32)
-        for at in range(0, len(self._keys), BATCH):
-            if at // A_SPEAKER != (at - BATCH) // A_SPEAKER:
-                mean = dice.standard_normal(DIM, dtype=np.float32)
-            keys = self._keys[at : at + BATCH]
-            matrix = mean + dice.standard_normal((len(keys), DIM), dtype=np.float32)
+        after = self._come_so_far("done", part)
+        first, last = self._size * part // PARTS, self._size * (part + 1) // PARTS
+        with self.database.begin() as connection:
+            keys = list(connection.execute(text(_CLAIMED), {"after": after, "n": last - first}).scalars())
+        dice = np.random.default_rng(part)
+        for at in range(0, len(keys), BATCH):
+            batch = keys[at : at + BATCH]
+            speakers = (first + np.arange(at, at + len(batch))) // A_SPEAKER
+            matrix = _means(speakers) + dice.standard_normal((len(batch), DIM), dtype=np.float32)
             with self.database.begin() as connection:
-                vectors.write(connection, self._queue, self._token, keys, matrix)
+                vectors.write(connection, self._queue, self._token, batch, matrix)
+
+    def _come_so_far(self, status: str, part: int) -> int:
+        """The last key that is in a status; that all parts before this one are, and nothing of it."""
+        with self.database.begin() as connection:
+            rows = {row[0]: row[1:] for row in connection.execute(text(_HELD))}
+        number, last = rows.get(status, (0, 0))
+        if number != self._size * part // PARTS:
+            sys.exit(f"a part was cut off, and is no longer to be measured: remove the folder of {self._size:,} items")
+        return int(last)
 
     def search(self) -> None:
         """Without an index."""
         with self.database.begin() as connection:
             assert len(connection.execute(text(_NEAREST)).all()) == 10
 
-    def show_sizes(self) -> None:
-        """Print what the tables and their indexes take."""
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """Bytes of each table that is not tiny, and of its indexes."""
         with self.database.begin() as connection:
-            sizes = connection.execute(text(_SIZES)).one()
-        pairs = zip(("item", "extraction", "embedding"), sizes[::2], sizes[1::2], strict=True)
-        print("; ".join(f"{name} {table >> 20:,} + indexes {index >> 20:,} MiB" for name, table, index in pairs))
+            return {row[0]: (int(row[1]), int(row[2])) for row in connection.execute(text(_SIZES))}
+
+
+def _means(speakers: Any) -> Any:
+    """The mean of each of these speakers' vectors, float32 [n, DIM]."""
+    own = {speaker: np.random.default_rng(speaker).standard_normal(DIM) for speaker in set(speakers.tolist())}
+    return np.array([own[speaker] for speaker in speakers.tolist()], dtype=np.float32)
 
 
 def _entries(size: int) -> Iterator[Entry]:
@@ -163,10 +225,22 @@ def _entries(size: int) -> Iterator[Entry]:
         yield Entry(f"{speaker}/{number:09}.wav", speaker, None, None, 32_000, number)
 
 
-def _command(settings: Settings, word: str) -> None:
-    environment = os.environ | {"EMBSTORE_HOME": str(settings.home)}
-    environment.pop("DATABASE_URL", None)
-    subprocess.run([sys.executable, "-m", "embstore", word], env=environment, capture_output=True, check=True)
+def _show(size: int, figures: Figures) -> None:
+    print(f"\n{size:,} items\n{'':10}   {'seconds':>9}   {'µs/item':>8}   memory; load")
+    for step, figure in figures.items():
+        if step == "sizes":
+            continue
+        taken, parts = sum(figure["seconds"]), figure["seconds"]
+        largest = ", ".join(f"{kind} {peak >> 20:,} MiB" for kind, peak in sorted(figure["memory"].items()))
+        tenths = f"; first tenth {parts[0]:.2f} s, last {parts[-1]:.2f} s" if len(parts) > 1 else ""
+        print(
+            f"{step:10}   {taken:9.3f}   {1e6 * taken / size:8.1f}   {largest}; {figure['load']:.1f}{tenths}",
+            flush=True,
+        )
+    sizes = (
+        f"{name} {table >> 20:,} + indexes {index >> 20:,} MiB" for name, (table, index) in figures["sizes"].items()
+    )
+    print("; ".join(sizes), flush=True)
 
 
 def _exponent(curve: dict[int, float], smallest: int) -> float:
@@ -174,20 +248,27 @@ def _exponent(curve: dict[int, float], smallest: int) -> float:
     return float(np.polyfit(*zip(*points, strict=True), 1)[0]) if len(points) > 1 else float("nan")
 
 
-def _draw(taken: dict[str, dict[int, float]], picture: Path) -> None:
+def _draw(curves: dict[str, dict[int, float]], largest: Figures, picture: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for step, curve in taken.items():
+    figure, (cost, parts) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained", width_ratios=(2, 1))
+    for step, curve in curves.items():
         sizes = list(curve)
-        axes.loglog(sizes, [1e6 * curve[size] / size for size in sizes], marker="o", label=step)
-    axes.set(xlabel="items", ylabel="microseconds an item", title="Cost of an item, by the size of the store")
-    axes.grid(which="both", alpha=0.3)
-    axes.legend()
-    figure.savefig(picture, dpi=120)
+        label = f"{step}: {_exponent(curve, 0):.2f}"
+        cost.loglog(sizes, [1e6 * curve[size] / size for size in sizes], marker="o", label=label)
+    cost.set(xlabel="items", ylabel="microseconds an item", title="Cost of an item; exponent of the whole step's time")
+    cost.grid(which="both", alpha=0.3)
+    cost.legend(fontsize="small")
+    items = max(next(iter(curves.values())))
+    for step in ("claim", "write"):
+        parts.plot(range(1, PARTS + 1), [1e6 * value * PARTS / items for value in largest[step]["seconds"]], label=step)
+    parts.set(xlabel=f"tenths of {items:,} items", ylabel="microseconds an item", title="First to last", ylim=(0, None))
+    parts.grid(alpha=0.3)
+    parts.legend(fontsize="small")
+    figure.savefig(picture, dpi=90)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +23,15 @@ SMALL = {
 }
 
 
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """One that the server's account may enter; pytest's own is closed to it when we are root."""
+    folder = Path(tempfile.mkdtemp(prefix="embstore-tests-"))
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
+
+
 def run(name: str, *more: str) -> str:
     result = subprocess.run(
         [sys.executable, BENCHMARKS / f"{name}.py", *SMALL[name], *more], capture_output=True, text=True, check=False
@@ -33,11 +45,23 @@ def test_a_benchmark_prints_its_ratio(name: str) -> None:
     assert "(target: " in run(name)
 
 
-def test_the_scale_benchmark_prints_exponents() -> None:
-    words = [sys.executable, BENCHMARKS / "scale.py", "--sizes", "1000", "2000"]
+def test_the_scale_benchmark_prints_exponents_and_goes_on_where_it_was(folder: Path) -> None:
+    words = [sys.executable, BENCHMARKS / "scale.py", "--sizes", "1000", "2000", "--folder", folder]
+    stopped = subprocess.run([*words, "--seconds", "0"], capture_output=True, text=True, check=False)
+    assert stopped.returncode == 75, stopped.stderr
+    assert "1,000 items: register is measured" in stopped.stdout
     result = subprocess.run(words, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "exponents: register " in result.stdout
+
+
+def test_the_endurance_benchmark_compares_before_and_after(folder: Path) -> None:
+    words = [sys.executable, BENCHMARKS / "endurance.py", "--minutes", "4", "--minute", "0.1", "--items", "40"]
+    words += ["--figures", folder / "figures.csv"]
+    result = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "(target: " in result.stdout
+    assert len((folder / "figures.csv").read_text().splitlines()) == 5
 
 
 def test_the_benchmark_for_gpus_runs_on_a_processor() -> None:
