@@ -122,10 +122,12 @@ def test_a_manifest_of_pictures_names_who_is_shown(start: Start, tmp_path: Path,
 
 
 def answer(run: Command, question: str, keys: str) -> None:
-    """Type as soon as the question stands there, and not before."""
+    """Type as soon as the question stands there, and not before; then wait for the echo: questions may be alike."""
     wait_until(lambda: run.out.endswith(question) or run.process.poll() is not None, question)
-    assert run.out.endswith(question), run.out
+    asked = run.out
+    assert asked.endswith(question), asked
     run.type(keys)
+    wait_until(lambda: run.out != asked, "what was typed to be echoed")
 
 
 def test_the_interactive_way(start: Start, photos: Path, tmp_path: Path, watcher: Watcher) -> None:
