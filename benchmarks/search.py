@@ -5,7 +5,7 @@ full, half     HNSW (m 16, ef_construction 64), full and half precision, with hn
                the index: ORDER BY … LIMIT 10
 nearest        embstore.nearest with that index, which never searches with less than 100
 faiss          IndexFlatIP and IndexHNSWFlat (M 16, efConstruction 64), in this process's memory, one thread
-lancedb        no index, and IVF_HNSW_SQ as it comes, from a folder
+lancedb        no index, and IVF_HNSW_SQ (m 16, ef_construction 64) with its own defaults for a search, from a folder
 
 Then filters that keep 50, 10, 1 and 0.1% of the items, by a condition that no index helps: embstore.nearest against
 iterative scan alone (hnsw.iterative_scan = relaxed_order, ef 100, as far as it goes by default), with the full index.
@@ -62,7 +62,7 @@ def main() -> None:
     """Measure and print."""
     parser = arguments(__doc__, items=200_000, rounds=3)
     parser.add_argument("--queries", type=int, default=100, help="queries a round (default: 100)")
-    parser.add_argument("--part", choices=("all", "index", "filters"), default="all", help="default: all")
+    parser.add_argument("--part", choices=("all", "full", "half", "filters"), default="all", help="default: all")
     options = parser.parse_args()
     data, queries = _clustered(options.items, options.queries)
     with server() as settings:
@@ -73,9 +73,10 @@ def main() -> None:
             f"{options.items:,} vectors of {DIM} dimensions, {options.queries} queries a round, {options.rounds} rounds"
         )
         bench = _Bench(database, data, queries, options.rounds)
-        if options.part != "filters":
-            bench.indexes()
-        if options.part != "index":
+        for precision in indexes.PRECISIONS:
+            if options.part in ("all", precision):
+                bench.index(precision)
+        if options.part in ("all", "filters"):
             bench.filters()
         database.close()
 
@@ -91,19 +92,18 @@ class _Bench:
         self._cosines = queries @ data.T
         self._literals = [str(query.tolist()) for query in queries]
 
-    def indexes(self) -> None:
-        """Each precision's index is built, measured beside the others, and makes room for the next."""
-        for precision in indexes.PRECISIONS:
-            self._build(precision)
-            answers: dict[str, tuple[dict[str, str], Answer]] = {"exact": ({}, self._nearest(exact=True))}
-            index = _INDEX.format(order=_EXPRESSIONS[precision])
-            for ef in (40, 100):
-                answers[f"{precision} ef {ef}"] = ({"hnsw.ef_search": str(ef)}, partial(self._sql, index))
-            answers[f"nearest, {precision}"] = ({}, self._nearest())
-            if precision == "full":
-                for name, answer in (*_faiss(self._data, self._queries), *_lancedb(self._data, self._queries)):
-                    answers[name] = ({}, answer)
-            self._compare(answers, np.ones(len(self._data), dtype=bool))
+    def index(self, precision: indexes.Precision) -> None:
+        """Of one precision, beside the others; it makes room for the next that is built."""
+        self._build(precision)
+        answers: dict[str, tuple[dict[str, str], Answer]] = {"exact": ({}, self._nearest(exact=True))}
+        statement = _INDEX.format(order=_EXPRESSIONS[precision])
+        for ef in (40, 100):
+            answers[f"{precision} ef {ef}"] = ({"hnsw.ef_search": str(ef)}, partial(self._sql, statement))
+        answers[f"nearest, {precision}"] = ({}, self._nearest())
+        if precision == "full":
+            for name, answer in (*_faiss(self._data, self._queries), *_lancedb(self._data, self._queries)):
+                answers[name] = ({}, answer)
+        self._compare(answers, np.ones(len(self._data), dtype=bool))
 
     def filters(self) -> None:
         """With the full index in place."""
@@ -289,7 +289,7 @@ def _lancedb(data: NDArray[np.float32], queries: NDArray[np.float32]) -> list[tu
         table = lancedb.connect(folder).create_table(name, rows)
         if name != "flat":
             begin = time.perf_counter()
-            table.create_index("vector", config=HnswSq(distance_type="cosine"))
+            table.create_index("vector", config=HnswSq(distance_type="cosine", m=16, ef_construction=64))
             print(f"lancedb {name}: built in {time.perf_counter() - begin:.0f} s with all cores")
         answers.append((f"lancedb {name}", partial(_ask_lancedb, table, queries)))
     return answers
