@@ -89,10 +89,15 @@ def main() -> None:
 
 
 def replicate(source: Path, folder: Path, items: int) -> list[Path]:
-    """Copy the folder's audio, over and over, until there are `items` files; real copies, not links."""
+    """Copy the folder's audio, over and over, until there are `items` files; real copies, not links.
+
+    If it has more than that, they are taken evenly from the whole of it.
+    """
     originals = sorted(path for path in source.rglob("*") if path.suffix.lower() in audio.EXTENSIONS)
     if not originals:
         raise SystemExit(f"no audio in '{source}': name a folder that has some with --data")
+    if items < len(originals):
+        originals = [originals[number * len(originals) // items] for number in range(items)]
     copies = []
     for number, path in zip(range(items), itertools.cycle(originals), strict=False):
         copy = folder / f"copy-{number // len(originals):03}" / path.relative_to(source)

@@ -7,24 +7,30 @@ one worker   a worker process of `embstore extract`: claim, open, decode, embed,
 two workers  two of them, from the moment at which both have their lease
 
 Each has one thread to compute with, and a process of its own in every round, so that nothing is left over from the
-round before. Loading is no part of any. The first needs the package wespeaker; `--without-package` leaves it out.
+round before. Loading is no part of any. The processors' seconds of each are shown too, of all threads and workers: they
+hardly depend on what else the machine does. The files are taken evenly from the whole folder. The first way needs the
+package wespeaker; `--without-package` leaves it out.
+
+Every turn is printed when it is over. `--notes FILE` writes them down too, and what was written by earlier runs with
+the same files counts as earlier rounds: so the rounds may be spread over several runs.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import median
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import numpy as np
-from common import arguments, in_turns, server, show, show_ratio, temporary_folder
+from common import Times, arguments, in_turns, ratio, server, show, show_ratio, temporary_folder
 from extract import SPEECH, replicate
 from numpy.typing import NDArray
 
@@ -62,6 +68,7 @@ def main() -> None:
     parser.add_argument("model_dir", type=Path, help="model folder, or an .onnx file")
     parser.add_argument("--data", type=Path, default=SPEECH, help="folder of audio, repeated up to --items files")
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="option of the model")
+    parser.add_argument("--notes", type=Path, metavar="FILE", help="write the times down, and go on from those in it")
     parser.add_argument("--without-package", action="store_true", help="leave WeSpeaker's own loop out")
     options = parser.parse_args()
     chosen = dict(pair.split("=", 1) for pair in options.option)
@@ -72,13 +79,13 @@ def main() -> None:
         job = Alone(files, options.model_dir, chosen)
         numbers = itertools.count(1)
 
-        def alone(name: str, target: Any) -> float:
-            taken, vectors[name] = run_crew(target, [job], devices.plan(1, "none", ONE_THREAD))[-1][1]
-            return float(taken)
+        def alone(name: str, target: Any) -> tuple[float, float]:
+            taken, used, vectors[name] = run_crew(target, [job], devices.plan(1, "none", ONE_THREAD))[-1][1]
+            return taken, used
 
-        def pipeline(workers: int) -> float:
+        def pipeline(workers: int) -> tuple[float, float]:
             plan = devices.plan(workers, "none", ONE_THREAD)
-            return options.items / end_to_end(settings, made, folder / "audio", f"round-{next(numbers)}", plan)
+            return end_to_end(settings, made, folder / "audio", f"round-{next(numbers)}", plan)
 
         ways = {
             "bare": partial(alone, "bare", bare),
@@ -87,14 +94,48 @@ def main() -> None:
         }
         if not options.without_package:
             ways = {"own loop": partial(alone, "own loop", own_loop), **ways}
-        times = in_turns(options.rounds, ways)
-    show(times, len(files))
-    middle = {name: median(values) for name, values in times.items()}
-    if "own loop" in middle:
-        show_ratio("utterances a second: one worker / own loop", middle["own loop"] / middle["one worker"], "2, bf16")
+        notes = Notes(options.notes)
+        in_turns(options.rounds, {name: partial(notes.turn, name, way) for name, way in ways.items()})
+    if "own loop" in vectors:
         print(f"lowest cosine to the own loop's vectors: {lowest_cosine(vectors['bare'], vectors['own loop']):.7f}")
-    show_ratio("one worker / bare", middle["bare"] / middle["one worker"], "0.95 or more")
-    show_ratio("two workers / one", middle["one worker"] / middle["two workers"], "1.8 or more, two cores")
+    conclude(notes, len(files))
+
+
+class Notes:
+    """Seconds, and processors' seconds, of each turn of each way; written to a file as they come."""
+
+    def __init__(self, file: Path | None) -> None:
+        self._file = file
+        self.times: Times = {}
+        self.used: Times = {}
+        for line in file.read_text().splitlines() if file is not None and file.exists() else ():
+            self._add(*json.loads(line))
+
+    def turn(self, name: str, way: Callable[[], tuple[float, float]]) -> float:
+        """Take a turn."""
+        taken, used = way()
+        self._add(name, taken, used)
+        print(f"{name}: {taken:.2f} s, processors {used:.2f} s, load {os.getloadavg()[0]:.1f}", flush=True)
+        if self._file is not None:
+            with self._file.open("a") as out:
+                out.write(json.dumps([name, taken, used]) + "\n")
+        return taken
+
+    def _add(self, name: str, taken: float, used: float) -> None:
+        self.times.setdefault(name, []).append(taken)
+        self.used.setdefault(name, []).append(used)
+
+
+def conclude(notes: Notes, items: int) -> None:
+    """Print all times, and the ratios for which there are targets."""
+    show(notes.times, items)
+    print("\nprocessors' seconds")
+    show(notes.used, items)
+    for words, times in (("", notes.times), (", by processors' seconds", notes.used)):
+        if "own loop" in times:
+            show_ratio(f"one worker's speed / own loop's{words}", ratio(times, "own loop", "one worker"), "2, bf16")
+        show_ratio(f"one worker's speed / bare{words}", ratio(times, "bare", "one worker"), "0.95 or more")
+    show_ratio("two workers' speed / one's", ratio(notes.times, "one worker", "two workers"), "1.8 or more, two cores")
 
 
 def lowest_cosine(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
@@ -114,8 +155,11 @@ def run_crew(target: Any, jobs: Sequence[Any], plan: Plan) -> list[tuple[float, 
     return messages
 
 
-def end_to_end(settings: Settings, made: Recipe, folder: Path, name: str, plan: Plan) -> float:
-    """Items a second from the moment at which all workers have their lease to the last commit."""
+def end_to_end(settings: Settings, made: Recipe, folder: Path, name: str, plan: Plan) -> tuple[float, float]:
+    """Seconds from the moment at which all workers have their lease to the last commit; and the processors'.
+
+    What was committed before that moment counts as if it had taken as long as the rest.
+    """
     database = Database(settings)
     dataset, registered = register_source(database, open_source(folder, extensions=AUDIO), name=name, media="audio")
     with database.begin() as connection:
@@ -124,11 +168,27 @@ def end_to_end(settings: Settings, made: Recipe, folder: Path, name: str, plan: 
     database.close()
     tasks = (Task(dataset.dataset_id, dataset.root),)
     jobs = [Job(settings, made, model_id, tasks, device, plan.decoders, plan.tuning) for device in plan.devices]
-    messages = run_crew(work, jobs, plan)
-    commits = [(moment, one.tally.processed) for moment, one in messages if isinstance(one, Committed)]
+    messages = run_crew(work_by_the_clock, jobs, plan)
+    leases = [(moment, used) for moment, (used, one) in messages if isinstance(one, Leased)]
+    begin = max(moment for moment, _ in leases)
+    commits = [(moment, one.tally.processed) for moment, (_, one) in messages if isinstance(one, Committed)]
     assert sum(count for _, count in commits) == registered.found
-    begin = max(moment for moment, one in messages if isinstance(one, Leased))
-    return sum(count for moment, count in commits if moment > begin) / (commits[-1][0] - begin)
+    timed = sum(count for moment, count in commits if moment > begin)
+    used = sum(used for _, (used, one) in messages if isinstance(one, Ended)) - sum(used for _, used in leases)
+    return (commits[-1][0] - begin) * registered.found / timed, used
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A worker's last message."""
+
+
+def work_by_the_clock(channel: Channel, job: Job) -> None:
+    """Body of a worker process: that of `embstore extract`, with the processors' seconds beside every message."""
+    send = channel.send
+    channel.send = lambda message: send((process_time(), message))  # type: ignore[method-assign]
+    work(channel, job)
+    channel.send(Ended())
 
 
 def own_loop(channel: Channel, job: Alone) -> None:
@@ -140,9 +200,9 @@ def own_loop(channel: Channel, job: Alone) -> None:
         speaker = wespeaker.load_model(str(job.model_dir))
     torch.set_num_threads(1)
     speaker.extract_embedding(str(job.files[0]))  # the first is slow
-    begin = perf_counter()
+    begin, before = perf_counter(), process_time()
     rows = [speaker.extract_embedding(str(file)).numpy() for file in job.files]
-    channel.send((perf_counter() - begin, np.stack(rows)))
+    channel.send((perf_counter() - begin, process_time() - before, np.stack(rows)))
 
 
 def bare(channel: Channel, job: Alone) -> None:
@@ -150,9 +210,9 @@ def bare(channel: Channel, job: Alone) -> None:
     model = recipe({"model_dir": str(job.model_dir), **job.options}).load("cpu")
     items = [model.prepare(file, None, None) for file in job.files]
     model.embed(items[:1])  # the first is slow
-    begin = perf_counter()
+    begin, before = perf_counter(), process_time()
     rows = [model.embed([item]) for item in items]
-    channel.send((perf_counter() - begin, np.concatenate(rows)))
+    channel.send((perf_counter() - begin, process_time() - before, np.concatenate(rows)))
 
 
 if __name__ == "__main__":
