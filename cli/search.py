@@ -31,7 +31,7 @@ _WAYS = {
 @click.option("--model", metavar="NAME", help="By whose vectors; may be left out if there is but one model.")
 @click.option("--dataset", metavar="NAME", help="Only results of this dataset.")
 @click.option("--speaker", metavar="NAME", help="Only results of this speaker.")
-@click.option("--where", metavar="SQL", help='Only results for which this holds, such as "duration > 2".')
+@click.option("--where", metavar="SQL", help='Only results for which this holds, such as "position < 1000".')
 @click.option("--exact", is_flag=True, help="Compare all vectors, even where there is an index.")
 @click.option("--as", "kind", type=click.Choice(KINDS), help="What the name means, if it could be several.")
 @click.option("--from", "query_dataset", metavar="DATASET", help="Where to look ITEM or SPEAKER up.")
@@ -72,7 +72,8 @@ def search(
     VECTOR.npy   an array of numpy's
 
     --where is one SQL expression on the columns of the view items (with --of speakers: of speaker_centroids): dataset,
-    item_id, position, path, start, duration, speaker, size, vanished_at.
+    item_id, position, path, start, duration, speaker, size, vanished_at; start and duration are of a stretch, and null
+    where an item is a whole file.
 
     \b
       embstore search visitor.wav
@@ -106,6 +107,8 @@ def search(
     click.echo(_summary(results, k), err=True)
     if not results and of == "speakers":
         click.echo("there are no centroids to compare with: type 'embstore centroids'", err=True)
+    if not results and speaker is not None:
+        click.echo('which speakers there are: embstore sql "select distinct dataset, speaker from items"', err=True)
     if explain:
         click.echo("\n".join(_explanation(results)), err=True)
 
