@@ -14,13 +14,17 @@ Vectors are of 2,000 speakers with a common part and noise around each; queries 
 after another. Recall@10 counts what is no farther than the tenth of numpy's. A round is `--queries` queries of each, in
 turns. faiss and LanceDB are left out where they are not installed: pip install faiss-cpu lancedb. The server has
 shared_buffers = 1GB, so that table and index stay in its memory, as theirs do.
+
+To load and to build takes minutes. With `--keep FOLDER` what was built stays there for the next run: one `--part` then
+takes a minute or two, if the run before was of the same or of `full` (there is one index at a time).
 """
 
 from __future__ import annotations
 
 import importlib.util
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -63,16 +67,17 @@ def main() -> None:
     parser = arguments(__doc__, items=200_000, rounds=3)
     parser.add_argument("--queries", type=int, default=100, help="queries a round (default: 100)")
     parser.add_argument("--part", choices=("all", "full", "half", "filters"), default="all", help="default: all")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the database and the indexes here")
     options = parser.parse_args()
     data, queries = _clustered(options.items, options.queries)
-    with server() as settings:
+    with _folder(options.keep) as folder, server(folder) as settings:
         _enlarge(settings)
         database = Database(settings, pool_size=2)
         _fill(database, data)
         print(
             f"{options.items:,} vectors of {DIM} dimensions, {options.queries} queries a round, {options.rounds} rounds"
         )
-        bench = _Bench(database, data, queries, options.rounds)
+        bench = _Bench(database, data, queries, options.rounds, folder)
         for precision in indexes.PRECISIONS:
             if options.part in ("all", precision):
                 bench.index(precision)
@@ -83,9 +88,10 @@ def main() -> None:
 
 class _Bench:
     def __init__(
-        self, database: Database, data: NDArray[np.float32], queries: NDArray[np.float32], rounds: int
+        self, database: Database, data: NDArray[np.float32], queries: NDArray[np.float32], rounds: int, folder: Path
     ) -> None:
         self._database = database
+        self._folder = folder
         self._data = data
         self._queries = queries
         self._rounds = rounds
@@ -101,8 +107,12 @@ class _Bench:
             answers[f"{precision} ef {ef}"] = ({"hnsw.ef_search": str(ef)}, partial(self._sql, statement))
         answers[f"nearest, {precision}"] = ({}, self._nearest())
         if precision == "full":
-            for name, answer in (*_faiss(self._data, self._queries), *_lancedb(self._data, self._queries)):
-                answers[name] = ({}, answer)
+            others = (_faiss, _lancedb)
+            answers |= {
+                name: ({}, answer)
+                for other in others
+                for name, answer in other(self._data, self._queries, self._folder)
+            }
         self._compare(answers, np.ones(len(self._data), dtype=bool))
 
     def filters(self) -> None:
@@ -188,14 +198,33 @@ def _show(times: Times, found: dict[str, list[float]], queries: int) -> None:
 
 
 def _clustered(items: int, queries: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Vectors and queries of unit length, float32 [items, DIM] and [queries, DIM]."""
+    """Vectors and queries of unit length, float32 [items, DIM] and [queries, DIM].
+
+    The vectors do not depend on the number of queries, as they may have been kept.
+    """
     dice = np.random.default_rng(0)
     means = dice.normal(size=DIM) + dice.normal(size=(SPEAKERS, DIM))
     means /= np.linalg.norm(means, axis=1, keepdims=True)
-    rows = means[dice.integers(0, SPEAKERS, items + queries)]
+    return _utterances(means, items, seed=1), _utterances(means, queries, seed=2)
+
+
+def _utterances(means: NDArray[np.float64], number: int, seed: int) -> NDArray[np.float32]:
+    dice = np.random.default_rng(seed)
+    rows = means[dice.integers(0, SPEAKERS, number)]
     rows += dice.normal(size=rows.shape) * np.sqrt(NOISE / DIM)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    return rows[:items].astype(np.float32), rows[items:].astype(np.float32)
+    return rows.astype(np.float32)
+
+
+@contextmanager
+def _folder(kept: Path | None) -> Iterator[Path]:
+    if kept is None:
+        with temporary_folder() as folder:
+            yield folder
+    else:
+        kept.mkdir(exist_ok=True)
+        kept.chmod(0o755)
+        yield kept.resolve()
 
 
 def _enlarge(settings: Settings) -> None:
@@ -208,7 +237,14 @@ def _enlarge(settings: Settings) -> None:
 
 
 def _fill(database: Database, data: NDArray[np.float32]) -> None:
+    """Store the vectors; those that were kept are the same, if they are as many."""
     with database.begin() as connection:
+        there = connection.exec_driver_sql("SELECT count(*) FROM embstore.item").scalar_one()
+        if there == len(data):
+            connection.exec_driver_sql("SELECT sum(length(vector_send(embedding))) FROM embstore.embedding_1")
+            return
+        if there:
+            raise SystemExit(f"what is kept has {there:,} vectors, not {len(data):,}: name another folder")
         connection.execute(
             text(
                 "INSERT INTO embstore.model (name, media, dim, fingerprint, settings)"
@@ -242,18 +278,24 @@ def _copy(connection: Connection, at: int, piece: NDArray[np.float32]) -> None:
     copy_rows(connection, "embstore.embedding_1", columns)
 
 
-def _faiss(data: NDArray[np.float32], queries: NDArray[np.float32]) -> list[tuple[str, Answer]]:
+def _faiss(data: NDArray[np.float32], queries: NDArray[np.float32], folder: Path) -> list[tuple[str, Answer]]:
     if importlib.util.find_spec("faiss") is None:
         return []
     import faiss
 
     flat = faiss.IndexFlatIP(DIM)
     flat.add(data)
-    graph = faiss.IndexHNSWFlat(DIM, 16, faiss.METRIC_INNER_PRODUCT)
-    graph.hnsw.efConstruction = 64
-    begin = time.perf_counter()
-    graph.add(data)
-    print(f"faiss HNSW: built in {time.perf_counter() - begin:.0f} s with all cores")
+    file = folder / "faiss"
+    graph: Any
+    if file.exists():
+        graph = faiss.read_index(str(file))
+    else:
+        graph = faiss.IndexHNSWFlat(DIM, 16, faiss.METRIC_INNER_PRODUCT)
+        graph.hnsw.efConstruction = 64
+        begin = time.perf_counter()
+        graph.add(data)
+        print(f"faiss HNSW: built in {time.perf_counter() - begin:.0f} s with all cores")
+        faiss.write_index(graph, str(file))
     faiss.omp_set_num_threads(1)
 
     def exact(number: int) -> Sequence[int]:
@@ -270,24 +312,22 @@ def _faiss(data: NDArray[np.float32], queries: NDArray[np.float32]) -> list[tupl
     ]
 
 
-def _lancedb(data: NDArray[np.float32], queries: NDArray[np.float32]) -> list[tuple[str, Answer]]:
+def _lancedb(data: NDArray[np.float32], queries: NDArray[np.float32], folder: Path) -> list[tuple[str, Answer]]:
     if importlib.util.find_spec("lancedb") is None:
         return []
     import lancedb
     import pyarrow
     from lancedb.index import HnswSq
 
-    # Kept until the process ends: LanceDB reads from it.
-    context = temporary_folder()
-    folder = Path(context.__enter__())
-    _KEEP.append(context)
+    tables = lancedb.connect(folder / "lancedb")
+    there = set(tables.list_tables().tables)
     ids = pyarrow.array(np.arange(1, len(data) + 1))
     column = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(data.reshape(-1)), DIM)
     rows = pyarrow.table({"id": ids, "vector": column})
     answers: list[tuple[str, Answer]] = []
     for name in ("flat", "IVF_HNSW_SQ"):
-        table = lancedb.connect(folder).create_table(name, rows)
-        if name != "flat":
+        table = tables.open_table(name) if name in there else tables.create_table(name, rows)
+        if name != "flat" and not table.list_indices():
             begin = time.perf_counter()
             table.create_index("vector", config=HnswSq(distance_type="cosine", m=16, ef_construction=64))
             print(f"lancedb {name}: built in {time.perf_counter() - begin:.0f} s with all cores")
@@ -298,9 +338,6 @@ def _lancedb(data: NDArray[np.float32], queries: NDArray[np.float32]) -> list[tu
 def _ask_lancedb(table: Any, queries: NDArray[np.float32], number: int) -> Sequence[int]:
     found = table.search(queries[number]).distance_type("cosine").limit(K).select(["id", "_distance"]).to_arrow()
     return [int(one) for one in found["id"].to_pylist()]
-
-
-_KEEP: list[Any] = []
 
 
 if __name__ == "__main__":
