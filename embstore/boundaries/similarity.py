@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from embstore.boundaries.result import Boundary, Result, Windows
 from embstore.boundaries.stream import Floats, contrast, noise, prefix_sums, stretches
 
-CONTEXT = 50
-"""Files on each side of the window; 20 do for long utterances, but not for short words that are sorted by keyword."""
+CONTEXT = 200
+"""Files on each side of the window; 20 do for long utterances, but not for short words that are sorted by keyword: of
+those it takes some keywords, or a change of keyword is taken for one of speaker."""
 THRESHOLD = 3.0
 """How much a cut must save, in units of the noise: where nothing changes, any cut saves about 1, the best of some 2."""
 
@@ -118,6 +119,11 @@ class Walk:
         return min(self.boundary_window, self._widest)
 
     @property
+    def _furthest(self) -> int:
+        """Files on each side of the expected place that a search may look at: at the widest window's edge once more."""
+        return self._widest + self._reach + self._margin
+
+    @property
     def _margin(self) -> int:
         """Context on each side; a third of a segment at most, so that it does not reach another change."""
         return max(min(self.context, 20), min(self.context, self.segment_size // 3))
@@ -133,7 +139,7 @@ class Walk:
             held = stretch.own if held is None else np.concatenate([held, stretch.own])
             while self._can_search(stretch.end, ended=stretch.is_last):
                 self._step(held, first)
-            begin = min(stretch.end, self._last + self.segment_size - self._widest - self._margin)
+            begin = min(stretch.end, self._last + self.segment_size - self._furthest)
             begin = max(first, self._last, begin)
             held, first = held[begin - first :].copy(), begin
         return self._result(np.concatenate(positions), np.concatenate(scores))
@@ -144,7 +150,7 @@ class Walk:
         At the end of the set, the last segment may be as much longer than expected as any other.
         """
         expected = self._last + self.segment_size
-        return expected + self._reach < rows if ended else expected + self._widest + self._margin <= rows
+        return expected + self._reach < rows if ended else expected + self._furthest <= rows
 
     def _step(self, held: NDArray[np.float32], first: int) -> None:
         expected = self._last + self.segment_size

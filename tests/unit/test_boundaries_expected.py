@@ -11,6 +11,7 @@ from ordered_sets import RealSpeech, cuts, places, synthetic, windows
 
 from embstore.boundaries import mixture, similarity
 from embstore.boundaries.evaluate import matches
+from embstore.boundaries.stream import BLOCK
 
 SENTENCES = ("librispeech", "librispeech-cut")
 WORDS = ("arabic-speech-commands",)
@@ -98,12 +99,47 @@ def test_an_outlier_and_missing_vectors(method: ModuleType) -> None:
 
 
 @METHODS
+def test_five_percent_foreign_files(test_data: Path, method: ModuleType) -> None:
+    speech = RealSpeech.load(test_data, *SENTENCES)
+    found = agreed = true = 0
+    for seed in range(2):
+        rng = np.random.default_rng(seed)
+        lengths = rng.normal(100, 2.5, 10).astype(int)
+        vectors = speech.draw(rng, lengths)
+        foreign = rng.choice(len(vectors), len(vectors) // 20, replace=False)
+        vectors[foreign] = speech.draw(rng, np.ones(len(foreign), np.int64))
+        ours = places(method.detect(windows(vectors), len(vectors), segment_size=100))
+        true, found = true + len(lengths) - 1, found + len(ours)
+        agreed += matches(ours, cuts(lengths), 5)
+    assert agreed == found == true
+
+
+@METHODS
+def test_two_speakers_who_alternate(method: ModuleType) -> None:
+    rng = np.random.default_rng(5)
+    both = [synthetic(rng, [1], noise=0)[0] for _ in range(2)]
+    lengths = rng.integers(45, 56, 20)
+    rows = [both[i % 2] + rng.normal(size=(n, 64)) * 0.05 for i, n in enumerate(lengths)]
+    vectors = np.concatenate(rows).astype(np.float32)
+    assert places(method.detect(windows(vectors), len(vectors), segment_size=50)) == cuts(lengths)
+
+
+@METHODS
 def test_how_it_is_cut_into_windows_has_no_influence(method: ModuleType) -> None:
     vectors = synthetic(np.random.default_rng(5), np.random.default_rng(5).integers(390, 410, 50), dim=16)
     one = method.detect([(np.arange(len(vectors)), vectors)], len(vectors), segment_size=400, boundary_window=15)
     many = method.detect(windows(vectors, 333), len(vectors), segment_size=400, boundary_window=15)
     assert one.boundaries == many.boundaries
     assert len(one.boundaries) == 49
+
+
+@METHODS
+def test_a_short_segment_at_the_end_of_a_block(method: ModuleType) -> None:
+    # The search around it goes back to the last cut, which lies in the block before.
+    lengths = [40] * (BLOCK // 40 - 1) + [22] + [40] * 10
+    vectors = synthetic(np.random.default_rng(9), lengths, dim=24)
+    result = method.detect(windows(vectors), len(vectors), segment_size=40)
+    assert places(result) == cuts(lengths)
 
 
 def test_trace_and_confidence() -> None:
