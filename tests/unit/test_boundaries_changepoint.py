@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from ordered_sets import RealSpeech, cuts, places, synthetic, windows
+from ordered_sets import Order, RealSpeech, cuts, places, synthetic, windows
 
 from embstore.boundaries import exact
 from embstore.boundaries.changepoint import detect
@@ -47,11 +47,24 @@ def test_sorted_by_keyword_within_a_speaker(test_data: Path, size: int, speakers
     for seed in range(3):
         rng = np.random.default_rng(seed)
         lengths = rng.integers(int(0.8 * size), int(1.2 * size), speakers)
-        ours = places(auto(speech.draw(rng, lengths, sort=True)))
+        ours = places(auto(speech.draw(rng, lengths, order="keyword")))
         true, found = true + speakers - 1, found + len(ours)
         agreed += matches(ours, cuts(lengths), 1)
     assert agreed / true >= 0.98
     assert agreed / found >= 0.98
+
+
+@pytest.mark.parametrize(("seed", "lengths", "order"), [(2, (60, 100, 16), "random"), (1, (800, 1200, 4), "keyword")])
+def test_speakers_who_differ_less_than_words_do(
+    test_data: Path, seed: int, lengths: tuple[int, int, int], order: Order
+) -> None:
+    """Draws in which most neighbours are two of three similar speakers."""
+    stored = np.load(test_data / "resemblyzer-golden.npz")
+    paths = [str(path) for path in stored["path"]]
+    speech = RealSpeech.of_files(paths, stored["emb"], *WORDS, half=1)
+    rng = np.random.default_rng(seed)
+    drawn = rng.integers(*lengths)
+    assert places(auto(speech.draw(rng, drawn, order=order))) == cuts(drawn)
 
 
 def test_the_real_files_themselves(test_data: Path) -> None:
@@ -75,7 +88,7 @@ def test_the_real_files_themselves(test_data: Path) -> None:
 def test_one_speaker_sorted_by_keyword_has_no_boundary(test_data: Path) -> None:
     speech = RealSpeech.load(test_data, *WORDS)
     for seed, speaker in enumerate(speech.means):
-        assert places(auto(speech.of(np.random.default_rng(seed), speaker, 1000, sort=True))) == []
+        assert places(auto(speech.of(np.random.default_rng(seed), speaker, 1000, order="keyword"))) == []
 
 
 @pytest.mark.parametrize("runs", [False, True], ids=["drift", "recordings"])

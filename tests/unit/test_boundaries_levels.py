@@ -7,6 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from embstore.boundaries.chain import Chain, Cut
+from embstore.boundaries.levels import _is_ordered
 from embstore.boundaries.stream import dimensions, due
 
 
@@ -78,3 +79,14 @@ def test_chance_rarely_saves_what_is_due() -> None:
         best = [float((rng.normal(size=(1000, dim)) ** 2).mean(axis=1).max()) for _ in range(100)]
         assert np.mean(np.array(best) > due(1000, dim)) < 0.05
         assert np.median(best) > 0.6 * due(1000, dim)
+
+
+def test_order_is_looked_for_inside_the_groups() -> None:
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.arange(6), 30)
+    far, near = rng.normal(size=(6, 16))[groups], rng.normal(size=(180, 16))
+    assert _is_ordered(far + near, np.zeros(180))
+    assert not _is_ordered(far + near, groups)
+    drift = np.cumsum(rng.normal(size=(180, 16)), axis=0)
+    assert _is_ordered(drift, np.zeros(180))
+    assert _is_ordered(drift, groups)
