@@ -15,7 +15,6 @@ from sqlalchemy import Connection
 from embstore.boundaries import labels
 from embstore.boundaries.evaluate import evaluate
 from embstore.boundaries.job import Method, Options
-from embstore.boundaries.voices import THRESHOLD
 from embstore.db.engine import Database
 from embstore.db.migrate import require_ready
 from embstore.errors import UsageError
@@ -130,12 +129,18 @@ def _changing(database: Database) -> Iterator[Connection]:
     "--threshold",
     metavar="COSINE",
     type=click.FloatRange(-1, 1),
-    default=THRESHOLD,
-    help=f"How alike two segments must be to be the same voice.  [default: {THRESHOLD}]",
+    help="How alike two segments' centroids must be to be the same voice.  [default: chosen from the data]",
 )
 @pass_settings
-def apply(run: int, merge_same: bool, threshold: float, settings: Settings) -> None:
-    """Write the segments of a RUN back as speaker labels; 'undo' takes them away again."""
+def apply(run: int, merge_same: bool, threshold: float | None, settings: Settings) -> None:
+    """Write the segments of a RUN back as speaker labels; 'undo' takes them away again.
+
+    \b
+      embstore boundaries apply 1
+      embstore boundaries apply 1 --merge-same
+    """
+    if threshold is not None and not merge_same:
+        raise UsageError("--threshold says which segments are the same voice: it needs --merge-same")
     with opened(settings) as database, _changing(database) as connection:
         found = labels.get_run(connection, run)
         voices = labels.merge_voices(connection, found, threshold) if merge_same else None

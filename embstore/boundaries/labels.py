@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from sqlalchemy import Connection, text
 
 from embstore.boundaries.result import Boundary, Result
-from embstore.boundaries.voices import THRESHOLD, same_voices
+from embstore.boundaries.voices import same_voices
 from embstore.db.copy import read_rows
 from embstore.errors import UsageError
 
@@ -61,7 +61,7 @@ JOIN embstore.item i ON i.dataset_id = s.dataset_id AND i.position = s.position
 WHERE s.dataset_id = {dataset} AND s.boundary_run_id = {run} ORDER BY s.position
 """
 _CENTROIDS = """
-SELECT s.segment, count(*) AS items, avg(e.embedding) AS embedding
+SELECT s.segment, count(*) AS items, avg(l2_normalize(e.embedding)) AS embedding
 FROM embstore.segment s
 JOIN embstore.item i ON i.dataset_id = s.dataset_id AND i.position BETWEEN s.first_position AND s.last_position
 JOIN embstore.embedding_{model} e ON e.dataset_id = i.dataset_id AND e.item_id = i.item_id
@@ -175,10 +175,11 @@ def get_run(connection: Connection, run: int) -> FoundRun:
     return FoundRun(run, dataset_id, model_id, dim, dataset, applied_at is not None, order, items)
 
 
-def merge_voices(connection: Connection, run: FoundRun, threshold: float = THRESHOLD) -> int:
+def merge_voices(connection: Connection, run: FoundRun, threshold: float | None = None) -> int:
     """Find the segments that are the same voice coming back, and number voices; returns how many voices there are.
 
-    Segments without a vector stay voices of their own. `threshold`: cosine of two voices' centroids.
+    Segments without a vector stay voices of their own. `threshold`: cosine of two voices' centroids from which on they
+    are one; chosen from the data if it is not given, see `voices.same_voices`.
     """
     rows = read_rows(
         connection,

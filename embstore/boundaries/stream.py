@@ -27,7 +27,7 @@ _PAIRS = 2048
 _LAG = 5
 _NEIGHBOURS = 4
 _FOREIGN = 2.5
-_LEAST_NOISE = 1e-4
+LEAST_NOISE = 1e-4
 
 
 def unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -122,7 +122,7 @@ def noise(rows: NDArray[np.float32]) -> float:
     """
     near = _half_distance(rows, 1)
     far = _half_distance(rows, _LAG)
-    return max(min(max(near, far), 3 * near), _LEAST_NOISE)
+    return max(min(max(near, far), 3 * near), LEAST_NOISE)
 
 
 def _half_distance(rows: NDArray[np.float32], lag: int) -> float:

@@ -151,6 +151,11 @@ def test_labels_are_written_back_and_taken_away(database: Database, run: Run) ->
     assert ask(database, speakers) == [("somebody", 160, 0)]
     assert run("undo", "1").exit_code == 2
 
+    result = run("apply", "1", "--threshold", "0.9")
+    assert (result.exit_code, "it needs --merge-same" in result.output) == (2, True)
+    assert run("apply", "1", "--merge-same", "--threshold=-1").exit_code == 0
+    assert ask(database, speakers) == [("speaker_001", 160, 0)]
+    assert run("undo", "1").exit_code == 0
     assert run("apply", "1", "--merge-same").exit_code == 0
     assert ask(database, speakers) == [("speaker_001", 80, 0), ("speaker_002", 40, 40), ("speaker_003", 40, 80)]
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from ordered_sets import RealSpeech
 
 from embstore.boundaries.evaluate import evaluate, matches
 from embstore.boundaries.voices import same_voices
@@ -75,10 +78,44 @@ def test_voices_that_come_back() -> None:
     voices = rng.normal(size=(6, 32))
     who = [0, 1, 0, 2, 3, 1, 0, 4, 5, 2]
     centroids = (voices[who] + 0.2 * rng.normal(size=(10, 32))).astype(np.float32)
-    assert same_voices(centroids, np.full(10, 50)).tolist() == who
+    assert same_voices(centroids, np.full(10, 50), threshold=0.85).tolist() == who
     assert same_voices(centroids, np.full(10, 50), threshold=1.01).tolist() == list(range(10))
     assert same_voices(centroids, np.full(10, 50), threshold=-1).tolist() == [0] * 10
     assert same_voices(centroids[:0], np.empty(0, np.int64)).tolist() == []
+
+
+@pytest.mark.parametrize(
+    ("sources", "least"),
+    [(("librispeech", "librispeech-cut"), 3), (("arabic-speech-commands",), 10), (("free-spoken-digits",), 10)],
+    ids=["sentences", "words", "digits"],
+)
+def test_real_voices_that_come_back(test_data: Path, sources: tuple[str, ...], least: int) -> None:
+    """Each speaker's own files in two segments, none in both; with a cosine, no threshold does for all three."""
+    files = [rows for rows in RealSpeech.load(test_data, *sources).files.values() if len(rows) >= 2 * least]
+    wrong = pairs = 0
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        mixed = [rng.permutation(rows) for rows in files]
+        parts = [rows[: len(rows) // 2] for rows in mixed] + [rows[len(rows) // 2 :] for rows in mixed]
+        centroids = np.stack([rows.mean(axis=0) for rows in parts]).astype(np.float32)
+        voice = same_voices(centroids, np.array([len(rows) for rows in parts]))
+        one, other = np.triu_indices(len(parts), 1)
+        wrong += int(((voice[one] == voice[other]) != (other - one == len(files))).sum())
+        pairs += len(one)
+    assert wrong <= 0.01 * pairs
+
+
+def test_the_noise_decides_whether_voices_are_one() -> None:
+    rng = np.random.default_rng(1)
+    voices = rng.normal(size=(4, 32))
+    voices[1] = voices[0] + 0.3 * rng.normal(size=32)
+    for noise, found in ((0.1, [0, 1, 2, 3, 0, 1, 2, 3]), (1.5, [0, 0, 1, 2, 0, 0, 1, 2])):
+        rows = np.stack([v + noise * rng.normal(size=(400, 32)) for v in [*voices, *voices]])
+        rows /= np.linalg.norm(rows, axis=2, keepdims=True)
+        assert same_voices(rows.mean(axis=1).astype(np.float32), np.full(8, 400)).tolist() == found
+    # A file alone does not tell how much the files of a voice differ.
+    assert same_voices(np.ones((3, 2), np.float32), np.ones(3, np.int64)).tolist() == [0, 1, 2]
+    assert same_voices(np.ones((3, 2), np.float32), np.full(3, 2)).tolist() == [0, 0, 0]
 
 
 def test_a_large_segment_outweighs_a_small_one() -> None:
