@@ -132,17 +132,29 @@ def _overview(axis: Any, result: Result, total: int, *, crowded: bool) -> None:
     floor = float(low.min()) if len(low) else 0.0
     places = [b.position for b in result.boundaries]
     if crowded:
-        counts, edges = np.histogram(places, bins=150, range=(0, total))
-        height = 0.25 * (1 - floor) / max(1, int(counts.max()))
-        axis.bar(edges[:-1], counts * height, np.diff(edges), bottom=floor - 0.3 * (1 - floor), align="edge",
-                 color="#c2452d", label=f"boundaries a bar ({counts.max()} at most)")  # fmt: skip
+        _density(axis, places, total)
+        room = max(1 - floor, 0.01)
+        axis.set_ylim(floor - 0.4 * room, 1 + 0.08 * room)
+        axis.set_yticks([tick for tick in axis.get_yticks() if floor - 0.05 <= tick <= 1])
     else:
         axis.vlines(places, floor, 1, color="#c2452d", linewidth=1, label="boundary")
     if result.expected:
         step = max(1, len(result.expected) // 300)
         axis.plot(result.expected[::step], [1.03] * len(result.expected[::step]), "v", color="#3c7a3c", markersize=4,
-                  linestyle="none", label="expected" + (f" (every {step}th)" if step > 1 else ""))  # fmt: skip
+                  linestyle="none", label="expected" + (f" (one in {step})" if step > 1 else ""))  # fmt: skip
     _finish(axis, total, "similarity of left and right")
+
+
+def _density(axis: Any, places: list[int], total: int) -> None:
+    """How many boundaries there are along the set, in the lowest fifth of the picture, with a scale of its own."""
+    counts, edges = np.histogram(places, bins=150, range=(0, total))
+    most = max(1, int(counts.max()))
+    scale = axis.twinx()
+    scale.bar(edges[:-1], counts, np.diff(edges), align="edge", color="#c2452d")
+    scale.set_ylim(0, 5 * most)
+    scale.set_yticks([0, most])
+    scale.tick_params(axis="y", labelsize=8, colors="#c2452d")
+    axis.bar([0], [0], color="#c2452d", label="boundaries a bar (scale on the right)")
 
 
 def _lengths(axis: Any, result: Result, total: int) -> None:
@@ -151,10 +163,19 @@ def _lengths(axis: Any, result: Result, total: int) -> None:
     if len(spans) <= 400:
         axis.bar(spans[:, 0], lengths, lengths, align="edge", color="#d9d9d9", edgecolor="#777777", linewidth=0.5,
                  label="items in the segment")  # fmt: skip
+        _number(axis, spans, total)
     else:
         axis.plot(spans[:, 0], lengths, ".", color="#555555", markersize=2, alpha=0.5, label="items in the segment")
     axis.axhline(float(np.median(lengths)), color="#1f4e8c", linewidth=0.8, label=f"median {np.median(lengths):,.0f}")
     _finish(axis, total, "items")
+
+
+def _number(axis: Any, spans: NDArray[np.int64], total: int) -> None:
+    """Put the number of each segment that is wide enough into its bar."""
+    for number, (begin, end) in enumerate(spans, start=1):
+        if end - begin >= total / _LINES:
+            axis.annotate(str(number), ((begin + end) / 2, 0), (0, 3), textcoords="offset points", fontsize=7,
+                          ha="center", va="bottom")  # fmt: skip
 
 
 def _close_up(axis: Any, result: Result, total: int, at: int, word: str) -> None:
@@ -166,8 +187,15 @@ def _close_up(axis: Any, result: Result, total: int, at: int, word: str) -> None
     axis.plot(
         result.positions[low:high], 1 - result.scores[low:high], color="#1f4e8c", linewidth=0.8, label="similarity"
     )
+    named = places[at]
     for b in result.boundaries[first : last + 1]:
         axis.axvline(b.position, color="#c2452d", linewidth=1)
+        # No label into another one, and the one that it is about in any case.
+        if b.position != places[at] and min(abs(b.position - named), abs(b.position - places[at])) < 0.05 * (
+            end - begin
+        ):
+            continue
+        named = b.position
         words = f"{b.position}\n{b.confidence:.2f}"
         axis.annotate(words, (b.position, 1), (0, 3), xycoords=("data", "axes fraction"), textcoords="offset points",
                       fontsize=7, ha="center", va="bottom")  # fmt: skip
@@ -181,7 +209,7 @@ def _close_up(axis: Any, result: Result, total: int, at: int, word: str) -> None
 def _finish(axis: Any, total: int, label: str) -> None:
     axis.set_xlim(0, max(total, 1))
     axis.set_ylabel(label)
-    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False)
+    axis.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8, frameon=False)
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
 
 
