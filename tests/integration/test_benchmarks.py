@@ -55,6 +55,40 @@ def test_the_scale_benchmark_prints_exponents_and_goes_on_where_it_was(folder: P
     assert "exponents: register " in result.stdout
 
 
+def start(name: str, *words: str | Path) -> str:
+    """The output of a benchmark that is measured in a way of its own."""
+    command = [sys.executable, BENCHMARKS / f"{name}.py", *words]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_boundaries_beside_ruptures() -> None:
+    lines = start("boundaries", "--items", "300", "--segment", "60", "--ruptures", "300").splitlines()
+    assert [line.split()[0] for line in lines] == ["auto", "cosine", "KernelCPD", "Pelt"]
+    assert all(line.endswith(" 0 wrong") for line in lines[:2])
+
+
+def test_boundaries_beside_the_bare_read() -> None:
+    output = start("boundary_command", "--items", "600", "--rounds", "1", "--methods", "cosine")
+    assert "cosine / read: " in output
+    assert "exponents: read " in output
+
+
+def test_the_accuracy_of_boundaries(test_data: Path, tmp_path: Path) -> None:
+    """From recordings to the table: the two speakers of digits, whose 40 files are short."""
+    source = "free-spoken-digits"
+    shutil.copytree(test_data / "speech" / source, tmp_path / source)
+    file = tmp_path / "kept.npz"
+    words = [tmp_path, "--embeddings", file, "--sets", "1", "--kinds", "digits/30/", "digits/60~", "digits/500/"]
+    lines = start("boundary_accuracy", *words).splitlines()[2:]
+    assert [line[36:42].strip() for line in lines] == ["auto", "auto", "cosine", "gmm", "auto"]
+    assert "false boundaries in" in lines[-1]
+    assert len(lines[0].split()) == 4 + 9
+    kept = start("boundary_accuracy", "nowhere", "--embeddings", file, "--sets", "1", "--kinds", "digits/30/")
+    assert kept.splitlines()[2:] == lines[:1]
+
+
 def test_the_endurance_benchmark_compares_before_and_after(folder: Path) -> None:
     words = [sys.executable, BENCHMARKS / "endurance.py", "--minutes", "4", "--minute", "0.1", "--items", "40"]
     words += ["--figures", folder / "figures.csv"]
