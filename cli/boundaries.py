@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import get_args
 
 import click
+from click.core import ParameterSource
 from sqlalchemy import Connection
 
 from embstore.boundaries import labels
@@ -21,7 +22,7 @@ from embstore.errors import UsageError
 from embstore.settings import Settings, load
 
 from .boundary_runs import Detection
-from .options import database_options, opened, pass_settings, reading
+from .options import database_options, finite, opened, pass_settings, reading
 from .outcome import log_option
 from .output import write_json, write_rows
 
@@ -35,6 +36,7 @@ from .output import write_json, write_rows
     "--penalty",
     metavar="B",
     type=click.FloatRange(min=0, min_open=True),
+    callback=finite,
     help="auto: larger finds fewer boundaries.  [default: 1.5]",
 )
 @click.option(
@@ -109,9 +111,18 @@ def boundaries(
     if context.invoked_subcommand is not None:
         return
     settings = load(database_url=database_url, home=home, embedding_workers=workers)
+    _warn_of_what_has_no_influence(context, method)
     options = Options(method, segment_size, boundary_window, gmm_components, num_speakers, penalty, explain)
     detection = Detection(settings, options, output_dir, copy=not link, as_json=as_json)
     context.exit(detection.run(dataset, model))
+
+
+def _warn_of_what_has_no_influence(context: click.Context, method: Method) -> None:
+    names = {"num_speakers", "penalty", "segment_size", "boundary_window", "gmm_components"}
+    for name in sorted(names - set(Options(method).parameters())):
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            flag = f"--{name.replace('_', '-')}"
+            print(f"note: {flag} has no influence on method {method}; --method chooses another", file=sys.stderr)
 
 
 @contextmanager
@@ -129,6 +140,7 @@ def _changing(database: Database) -> Iterator[Connection]:
     "--threshold",
     metavar="COSINE",
     type=click.FloatRange(-1, 1),
+    callback=finite,
     help="How alike two segments' centroids must be to be the same voice.  [default: chosen from the data]",
 )
 @pass_settings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import select
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -33,6 +34,13 @@ def database_options(command: Command) -> Command:
         help="Folder of the embedded server.  [env: EMBSTORE_HOME]",
     )
     return url(home(command))
+
+
+def finite(_context: click.Context, _parameter: click.Parameter, value: float | None) -> float | None:
+    """Refuse `nan`, which is in every range, and `inf`."""
+    if value is not None and not math.isfinite(value):
+        raise click.BadParameter(f"{value} is not a number that can be compared")
+    return value
 
 
 def pass_settings(command: Command) -> Command:

@@ -98,7 +98,7 @@ def detect(
     cuts = choice.chain.cuts(choice.short)
     _add_boundaries(result, cuts)
     if trace:
-        result.trace.extend(_explained(cuts, choice.gone, choice.within))
+        result.trace.extend(_explained(result.positions, cuts, choice.gone, choice.within))
     return result
 
 
@@ -229,7 +229,7 @@ def _known(windows: Windows, total: int, segments: int, least: int, trace: bool)
     cuts = seen.chain(found).cuts(SHORT) if found else []
     _add_boundaries(result, cuts)
     if trace:
-        result.trace.extend(_explained(cuts, [], []))
+        result.trace.extend(_explained(result.positions, cuts, [], []))
     return result
 
 
@@ -239,12 +239,12 @@ def _add_boundaries(result: Result, cuts: list[Cut]) -> None:
         result.boundaries.append(Boundary(int(result.positions[cut.row]), float(result.scores[cut.row]), confidence))
 
 
-def _explained(cuts: list[Cut], gone: list[Cut], within: list[int]) -> list[str]:
+def _explained(positions: NDArray[np.int64], cuts: list[Cut], gone: list[Cut], within: list[int]) -> list[str]:
     """One line for each place that was considered, in order."""
-    lines = [(cut.row, f"cut at row {cut.row}: {_weighed(cut)}") for cut in cuts]
-    lines += [(cut.row, f"no cut at row {cut.row}: {_weighed(cut)}") for cut in gone]
-    lines += [(row, f"no cut at row {row}: a change within a speaker") for row in within]
-    return [line for _, line in sorted(lines)]
+    lines = [(cut.row, f"cut at {{}}: {_weighed(cut)}") for cut in cuts]
+    lines += [(cut.row, f"no cut at {{}}: {_weighed(cut)}") for cut in gone]
+    lines += [(row, "no cut at {}: a change within a speaker") for row in within]
+    return [line.format(f"position {positions[row]}") for row, line in sorted(lines)]
 
 
 def _weighed(cut: Cut) -> str:

@@ -107,7 +107,7 @@ def _fit(rows: Floats, components: int, spread: float, notes: list[str]) -> Any:
 
     count = max(1, min(components, len(rows) // _FILES_A_COMPONENT))
     if count < components:
-        notes.append(f"{count} instead of {components} Gaussians for {len(rows)} files")
+        notes.append(f"{count} instead of {components} Gaussians on a side of few files")
     mixture = GaussianMixture(
         count, covariance_type="diag", reg_covar=spread, init_params="k-means++", random_state=0, max_iter=200
     )

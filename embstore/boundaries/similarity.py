@@ -79,9 +79,24 @@ def similarities(search: Search) -> Floats:
 
 
 @dataclass(slots=True)
-class _Found:
-    row: int
-    confidence: float
+class _Decision:
+    expected: int
+    reach: int
+    best: int
+    saved: float
+    least: float
+
+    @property
+    def taken(self) -> bool:
+        return self.saved > self.least
+
+    def explained(self, positions: NDArray[np.int64]) -> str:
+        expected = positions[self.expected]
+        end = "a boundary" if self.taken else f"no boundary; going on from position {expected}"
+        return (
+            f"position {expected} expected, searched {self.reach} around: best split at {positions[self.best]} saves"
+            f" {self.saved:.3f}, must save {self.least:.3f}: {end}"
+        )
 
 
 @dataclass(slots=True)
@@ -97,10 +112,8 @@ class Walk:
     parameters: dict[str, Any] = field(default_factory=dict)
     trace: bool = False
     _last: int = 0
-    _expected: list[int] = field(default_factory=list)
-    _found: list[_Found] = field(default_factory=list)
     _notes: dict[str, int] = field(default_factory=dict)
-    _trace: list[str] = field(default_factory=list)
+    _decisions: list[_Decision] = field(default_factory=list)
     _widened: int = 0
 
     def __post_init__(self) -> None:
@@ -165,20 +178,12 @@ class Walk:
             begin, search = self._search(held, first, begin + centre, self._reach)
         at, notes = self.choose(search)
         saved, least = _saved(search.rows, at)
-        for note in notes:
+        for note in set(notes):
             self._notes[note] = self._notes.get(note, 0) + 1
-        taken = saved > least
+        decision = _Decision(expected, reach, begin + at, saved, least)
         self._widened += reach > self._reach
-        self._expected.append(expected)
-        if self.trace:
-            decision = "a boundary" if taken else f"no boundary; going on from row {expected}"
-            self._trace.append(
-                f"row {expected} expected, searched {reach} around: best split at row {begin + at} saves {saved:.3f},"
-                f" must save {least:.3f}: {decision}"
-            )
-        if taken:
-            self._found.append(_Found(begin + at, 1 - least / saved))
-        self._last = begin + at if taken else expected
+        self._decisions.append(decision)
+        self._last = decision.best if decision.taken else expected
 
     def _search(self, held: NDArray[np.float32], first: int, expected: int, reach: int) -> tuple[int, Search]:
         """The first row and the files around a place."""
@@ -189,19 +194,20 @@ class Walk:
 
     def _result(self, positions: NDArray[np.int64], scores: NDArray[np.float32]) -> Result:
         asked = {"segment_size": self.segment_size, "boundary_window": self.boundary_window, "context": self.context}
-        notes = [f"{note} ({count} of {len(self._expected)} places)" for note, count in self._notes.items()]
+        places, found = len(self._decisions), [d for d in self._decisions if d.taken]
+        notes = [f"{note} ({count} of {places} places)" for note, count in sorted(self._notes.items())]
         if self._reach < self.boundary_window:
             notes.append(f"the window of {self.boundary_window} files was narrowed to {self._reach}, half a segment")
         if self._widened:
-            notes.append(f"around {self._widened} of {len(self._expected)} expected places the window was widened")
-        quiet = len(self._expected) - len(self._found)
-        if quiet:
-            notes.append(f"at {quiet} of {len(self._expected)} expected places nothing changes: no boundary there")
+            notes.append(f"around {self._widened} of {places} expected places the window was widened")
+        if quiet := places - len(found):
+            notes.append(f"at {quiet} of {places} expected places nothing changes: no boundary there")
         if len(positions) != self.total:
             notes.append(f"{self.total} rows were announced and {len(positions)} came")
-        found = [Boundary(int(positions[f.row]), float(scores[f.row]), f.confidence) for f in self._found]
-        expected = [int(positions[row]) for row in self._expected]
-        return Result(found, positions, scores, self.method, asked | self.parameters, notes, self._trace, expected)
+        boundaries = [Boundary(int(positions[d.best]), float(scores[d.best]), 1 - d.least / d.saved) for d in found]
+        trace = [decision.explained(positions) for decision in self._decisions] if self.trace else []
+        expected = [int(positions[decision.expected]) for decision in self._decisions]
+        return Result(boundaries, positions, scores, self.method, asked | self.parameters, notes, trace, expected)
 
 
 def _quiet(search: Search, at: int) -> bool:

@@ -195,10 +195,20 @@ def test_errors_name_what_is_wrong(database: Database, run: Run) -> None:
         (("--model", "nobody"), "no model 'nobody' in the database"),
         (("--method", "magic"), "'magic' is not one of"),
         (("--segment-size", "0"), "0 is not in the range"),
+        (("--penalty", "nan"), "nan is not a number that can be compared"),
+        (("apply", "1", "--merge-same", "--threshold", "inf"), "inf is not in the range"),
     ):
         result = run(*arguments)
         assert result.exit_code == 2
         assert words in result.output
+
+
+def test_a_flag_without_influence_is_named(database: Database, run: Run) -> None:
+    store(database, voices([40, 40])[0])
+    result = run("--segment-size", "40", "--penalty", "1")
+    assert result.exit_code == 0, result.output
+    assert result.stderr.count("has no influence") == 1
+    assert "note: --segment-size has no influence on method auto" in result.stderr
 
 
 def test_a_killed_run_starts_over_and_leaves_nothing_behind(database: Database, database_url: str, run: Run) -> None:

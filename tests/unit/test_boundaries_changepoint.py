@@ -231,7 +231,7 @@ def test_scores_and_confidence() -> None:
     assert result.scores[60] == pytest.approx(expected, abs=1e-5)
     kept = [line for line in result.trace if not line.startswith("no ")]
     assert len(kept) == 1
-    assert kept[0].startswith("cut at row 100: 100 before and 100 after; saves ")
+    assert kept[0].startswith("cut at position 100: 100 before and 100 after; saves ")
 
 
 def _cosine(vectors: NDArray[np.float32], at: int) -> float:

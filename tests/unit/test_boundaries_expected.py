@@ -146,7 +146,9 @@ def test_trace_and_confidence() -> None:
     vectors = synthetic(np.random.default_rng(6), [100, 102])
     result = similarity.detect(windows(vectors), 202, segment_size=98, boundary_window=10, trace=True)
     assert result.expected == [98, 196][: len(result.expected)]
-    assert result.trace[0].startswith("row 98 expected, searched 10 around: best split at row 100 saves ")
+    assert result.trace[0].startswith("position 98 expected, searched 10 around: best split at 100 saves ")
+    shifted = similarity.detect([(np.arange(202) + 7, vectors)], 202, segment_size=98, trace=True)
+    assert shifted.trace[0].startswith("position 105 expected, searched 10 around: best split at 107 saves ")
     assert 0.5 < result.boundaries[0].confidence < 1
 
 
@@ -154,7 +156,7 @@ def test_few_samples_get_fewer_gaussians() -> None:
     vectors = synthetic(np.random.default_rng(7), [30] * 5)
     result = mixture.detect(windows(vectors), 150, segment_size=30, boundary_window=3, components=4)
     assert places(result) == cuts([30] * 5)
-    assert any(note.startswith("1 instead of 4 Gaussians for 20 files") for note in result.notes)
+    assert any(note == "1 instead of 4 Gaussians on a side of few files (4 of 4 places)" for note in result.notes)
 
 
 def test_a_fit_that_fails_falls_back_to_cosine_and_says_so() -> None:
