@@ -21,7 +21,7 @@ from embstore.extract.devices import Plan
 from embstore.extract.speed import speed
 from embstore.media import extensions
 from embstore.models.base import Recipe
-from embstore.progress import Display, duration
+from embstore.progress import Display
 from embstore.register import Registered
 from embstore.settings import Settings, load
 from embstore.sources import SPEAKER_FROM_CHOICES, Source, open_source
@@ -258,12 +258,7 @@ def _start(database: Database, recipe: Recipe, plan: Plan, say: _Speaker, pendin
     with database.begin() as connection:
         costs = indexes.loading(connection, catalog.get_model(connection, recipe.name).model_id, pending)
     if costs is not None:
-        say.line(
-            f"there is an index on these vectors: writing {pending:,} more under it takes the server about"
-            f" {duration(costs.under)}, building it anew afterwards about {duration(costs.after)}; to do that, press"
-            f" Ctrl+C and type 'embstore index drop --model {recipe.name}', extract, and 'embstore index build"
-            f" --model {recipe.name}'"
-        )
+        say.line(costs.advice(recipe.name, "extract"))
     return say.start(recipe, plan, pending)
 
 

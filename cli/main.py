@@ -53,6 +53,7 @@ COMMANDS = {
     "search": Entry("search", "search", "Find the utterances, or the speakers, that are most like one."),
     "index": Entry("index", "index", "Build, drop and check the index that makes searches fast."),
     "export": Entry("export", "export", "Write what is in the database to files."),
+    "import": Entry("importing", "import_", "Bring vectors that were computed elsewhere into the database."),
     "status": Entry("query", "status", "Show how far each dataset is, by model."),
     "failures": Entry("query", "failures", "List the items without an embedding, and why."),
     "retry": Entry("query", "retry", "Make failed items pending again."),

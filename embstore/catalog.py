@@ -99,16 +99,21 @@ def datasets(connection: Connection, media: str) -> list[Dataset]:
     return [Dataset(*row) for row in rows]
 
 
+def find_writable(connection: Connection, name: str) -> Dataset | None:
+    """The dataset of that name that one may write to, if there is one. Raises UsageError if there are several."""
+    found = [dataset for dataset in _named(connection, name) if dataset.can_write]
+    if len(found) > 1:
+        raise UsageError(f"several datasets are called '{name}': say {' or '.join(repr(d.name) for d in found)}")
+    return found[0] if found else None
+
+
 def ensure_dataset(connection: Connection, name: str, media: str, root: str) -> Dataset:
     """Find or make a dataset, and lock it until the transaction ends: two runs must not register into it at once.
 
     A new one belongs to the team of whoever makes it, or to that of a name such as `team/name`. Raises UsageError if
     the name stands for another root, or if there is no one team.
     """
-    found = [dataset for dataset in _named(connection, name) if dataset.can_write]
-    if len(found) > 1:
-        raise UsageError(f"several datasets are called '{name}': say {' or '.join(repr(d.name) for d in found)}")
-    dataset = found[0] if found else _make(connection, name, media, root)
+    dataset = find_writable(connection, name) or _make(connection, name, media, root)
     connection.execute(
         text("SELECT FROM embstore.dataset WHERE dataset_id = :dataset_id FOR UPDATE"),
         {"dataset_id": dataset.dataset_id},

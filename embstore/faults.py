@@ -25,6 +25,7 @@ Point = Literal[
     "boundary_write",
     "index_build",
     "export",
+    "import",
     "migration",
 ]
 

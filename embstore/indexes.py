@@ -23,6 +23,7 @@ from embstore import faults
 from embstore.catalog import StoredModel
 from embstore.db.engine import Database
 from embstore.errors import DatabaseError, UsageError
+from embstore.progress import duration
 
 Kind = Literal["hnsw", "ivfflat"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -141,6 +142,15 @@ class Loading:
     """Seconds of the server, with the index in place."""
     after: float
     """Seconds of the server to build it anew when they are there."""
+
+    def advice(self, model: str, then: str) -> str:
+        """What to say of it; `then` is what to do without the index."""
+        return (
+            f"there is an index on these vectors: writing {self.rows:,} more under it takes the server about"
+            f" {duration(self.under)}, building it anew afterwards about {duration(self.after)}; to do that, press"
+            f" Ctrl+C and type 'embstore index drop --model {model}', {then}, and"
+            f" 'embstore index build --model {model}'"
+        )
 
 
 def find(connection: Connection, model_id: int | None = None) -> list[Index]:

@@ -228,8 +228,9 @@ class LiveDisplay:
 
 
 @contextmanager
-def bar(total: int, words: str, stream: TextIO) -> Iterator[Callable[[int], None]]:
-    """A bar for something that is counted alone; gives what to call with how many more are done.
+def bar(total: int | None, words: str, stream: TextIO) -> Iterator[Callable[[int], None]]:
+    """A bar for something that is counted alone, up to `total` if that is known; gives what to call with how many more
+    are done.
 
     Where the output is no terminal there is none: what is counted so is done in minutes.
     """

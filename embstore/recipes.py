@@ -25,7 +25,7 @@ from embstore.models.named import Named
 _WHERE = ("model_dir", "variant")
 """Options that say where the weights are. One that is given takes the place of any that is kept."""
 
-_KEPT = "SELECT family, options FROM embstore.model WHERE name = :name AND family IS NOT NULL"
+_KEPT = "SELECT family, options FROM embstore.model WHERE name = :name"
 
 _SHOWN = """
 SELECT m.name, m.family, m.options, m.media, m.dim, m.fingerprint, m.settings, m.created_at,
@@ -70,7 +70,12 @@ def find(connection: Connection, name: str, options: Mapping[str, str], media: s
 
 def _find(connection: Connection, name: str, options: Mapping[str, str]) -> Named:
     kept = connection.execute(text(_KEPT), {"name": name}).one_or_none()
-    if kept is None:
+    if kept is None or kept.family is None:
+        if kept is not None and name.partition(":")[0] not in registry.available():
+            raise ModelError(
+                f"model '{name}' was imported with its vectors, and what it is made of is not known: nothing can be"
+                f" embedded by it until 'embstore models add {name} --family …' says so"
+            )
         return _installed(connection, name, options)
     moved = not options.keys().isdisjoint(_WHERE)
     merged = {key: value for key, value in kept.options.items() if not (moved and key in _WHERE)} | dict(options)
@@ -106,7 +111,7 @@ def add(connection: Connection, name: str, family: str, options: Mapping[str, st
 
     Raises UsageError for a name that can't be used, ModelError where it stands for other weights or settings.
     """
-    _check_name(name, family)
+    check_name(name, family)
     recipe = Named(name, family, dict(options), registry.build(family, options))
     known = catalog.stored_model(connection, name, recipe.fingerprint()) is not None
     model_id = catalog.ensure_model(connection, recipe)
@@ -121,7 +126,8 @@ def add(connection: Connection, name: str, family: str, options: Mapping[str, st
     return recipe, not known
 
 
-def _check_name(name: str, family: str) -> None:
+def check_name(name: str, family: str | None = None) -> None:
+    """Raise UsageError for a name that a model of this family, None: of none, can't have."""
     start = name.partition(":")[0]
     if not name.isprintable() or name != name.strip() or not name:
         raise UsageError(f"model name {name!r} is empty, or has spaces around it or characters that do not print")

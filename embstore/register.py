@@ -29,8 +29,10 @@ CREATE TEMPORARY TABLE scan (
 """
 _COLUMNS = "{table} (dataset_id, position, path, speaker, start, duration, size, mtime_ns)"
 
-# An item that has no file now (size is null) keeps what was known of it. The vanished come behind the others, so that
-# positions stay without gaps. `coalesce` because a hash join needs plain equality, and a start is never negative.
+# An item that has no file now (size is null) keeps what was known of it. One that was imported had none so far: the
+# first that is seen is taken for what its vectors were made of, unless a worker could not embed another one meanwhile.
+# The vanished come behind the others, so that positions stay without gaps. `coalesce` because a hash join needs plain
+# equality, and a start is never negative.
 _MISSED = "x.status = 'failed' AND x.error_code = 'not_found'"
 _DIFFERENCE = f"""
 CREATE TEMPORARY TABLE difference ON COMMIT DROP AS
@@ -38,7 +40,7 @@ SELECT s.path, s.speaker, s.start, s.duration, s.size, s.mtime_ns, i.item_id, i.
     s.path IS NULL AS is_gone,
     i.item_id IS NULL AS is_new,
     s.path IS NOT NULL AND i.item_id IS NOT NULL AND (
-        s.size IS NOT NULL AND (s.size, s.mtime_ns) IS DISTINCT FROM (i.size, i.mtime_ns)
+        s.size IS NOT NULL AND (s.size, s.mtime_ns) IS DISTINCT FROM (i.size, i.mtime_ns) AND NOT i.is_unseen
         OR s.duration IS DISTINCT FROM i.duration) AS is_changed,
     s.size IS NOT NULL AND i.is_missed AS is_back,
     CASE WHEN s.path IS NULL
@@ -47,7 +49,9 @@ SELECT s.path, s.speaker, s.start, s.duration, s.size, s.mtime_ns, i.item_id, i.
 FROM scan s
 FULL JOIN (
     SELECT *, item_id IN (SELECT item_id FROM embstore.extraction x WHERE x.dataset_id = :dataset_id AND {_MISSED})
-        AS is_missed
+        AS is_missed,
+        size IS NULL AND item_id NOT IN (SELECT item_id FROM embstore.extraction x
+            WHERE x.dataset_id = :dataset_id AND x.status IN ('failed', 'skipped') AND NOT ({_MISSED})) AS is_unseen
     FROM embstore.item WHERE dataset_id = :dataset_id) i
     ON i.path = s.path AND coalesce(i.start, -1) = coalesce(s.start, -1)
 WHERE s.path IS NULL OR i.item_id IS NULL OR i.vanished_at IS NOT NULL

@@ -85,6 +85,12 @@ def database_url(server_home: Path, template: str) -> Iterator[str]:
 
 
 @pytest.fixture
+def second_url(server_home: Path, template: str) -> Iterator[str]:
+    """Address of another new, migrated database."""
+    yield from _new_database(server_home, f"TEMPLATE {TEMPLATE} STRATEGY FILE_COPY")
+
+
+@pytest.fixture
 def settings(database_url: str, tmp_path: Path) -> Settings:
     """Settings that name the test's own database."""
     return load(database_url=database_url, home=tmp_path / "no-home")

@@ -36,7 +36,7 @@ def copy_rows(connection: Connection, table: str, columns: Mapping[str, NDArray[
     """
     names = ", ".join(columns)
     with _cursor(connection) as cursor:
-        if not _is_guarded(connection, table):
+        if not is_guarded(connection, table):
             cursor.copy_expert(f"COPY {table} ({names}) FROM STDIN (FORMAT BINARY)", encode(columns), size=PIECE)
             return
         # PostgreSQL has no COPY into a table with row-level security. The way there leads through a temporary one. It
@@ -51,8 +51,8 @@ def copy_rows(connection: Connection, table: str, columns: Mapping[str, NDArray[
         cursor.execute(f"INSERT INTO {table} ({names}) SELECT {names} FROM {staged}; DELETE FROM {staged}")
 
 
-def _is_guarded(connection: Connection, table: str) -> bool:
-    """Whether row-level security applies to this role; asked once a session."""
+def is_guarded(connection: Connection, table: str) -> bool:
+    """Whether this role's rows are checked one by one, which COPY into `table` does not do; asked once a session."""
     key = ("row security", table)
     if key not in connection.info:
         with _cursor(connection) as cursor:

@@ -39,7 +39,7 @@ class KaldiSource(ListedSource):
     def __post_init__(self) -> None:
         self._segments = self.folder / "segments"
         speakers = self.folder / "utt2spk"
-        self._speakers = _read_speakers(speakers) if speakers.exists() and not self.speaker_of else {}
+        self._speakers = read_speakers(speakers) if speakers.exists() and not self.speaker_of else {}
 
     def _items(self) -> Iterator[Item]:
         self.looked_at = 0
@@ -152,7 +152,8 @@ def _common(folder: Path, paths: list[str]) -> Under:
     return Under(root, root, [common])
 
 
-def _read_speakers(path: Path) -> dict[str, str]:
+def read_speakers(path: Path) -> dict[str, str]:
+    """Each utterance's speaker, of an `utt2spk`. Raises UsageError where it cannot be read."""
     speakers: dict[str, str] = {}
     for line, text in enumerate(read_lines(path), 1):
         words = text.split(maxsplit=1)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+from urllib.parse import unquote
 
 from embstore.errors import UsageError
 
@@ -84,6 +85,12 @@ def utterance_id(path: str, start: float | None) -> str:
     """
     word = _not_plain.sub(lambda found: "".join(f"%{byte:02X}" for byte in found[0].encode()), path)
     return word if start is None else f"{word}@{start!r}"
+
+
+def of_utterance_id(word: str) -> tuple[str, float | None]:
+    """The path and the start that `utterance_id` made the word of. Raises ValueError."""
+    path, at, start = word.partition("@")
+    return unquote(path, errors="strict"), float(start) if at else None
 
 
 def one_word(name: str) -> str:

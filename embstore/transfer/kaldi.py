@@ -12,17 +12,24 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
 from embstore.errors import UsageError
+from embstore.sources.kaldi import read_recordings, read_speakers
+from embstore.sources.listed import read_lines
 from embstore.transfer import ark
-from embstore.transfer.files import one_word, utterance_id, whole
-from embstore.transfer.table import Table
+from embstore.transfer.csvs import facts_beside
+from embstore.transfer.files import of_utterance_id, one_word, utterance_id, whole
+from embstore.transfer.reading import Spot, Tell, batch_rows, root_of
+from embstore.transfer.table import Batch, Table
+
+_NONE = math.nan
 
 
 def write(folder: Path, table: Table) -> Path:
@@ -96,3 +103,104 @@ def _or_none(value: float) -> float | None:
 
 def _or_zero(value: float) -> float:
     return 0.0 if math.isnan(value) else value
+
+
+class Reader:
+    """An archive or a script file, with what lies beside it. Raises UsageError where that cannot be read."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        folder = path.parent
+        self.facts = facts_beside(path)
+        self.rows = self.facts.rows if self.facts else None
+        first = next(ark.read(path), None)
+        self.dim = (self.facts.dim if self.facts else None) or (len(first[1]) if first else 0)
+        self._speakers = read_speakers(folder / "utt2spk") if (folder / "utt2spk").is_file() else {}
+        self._place, self.root = (_own(folder), root_of(self.facts)) if self.facts else _foreign(folder)
+
+    def where(self, row: str) -> str:
+        """Name a row."""
+        return f"'{self._path.name}' entry '{row}'"
+
+    def batches(self, tell: Tell) -> Iterator[Batch]:
+        """The entries; those that stand for nothing, or are of another length, are left out and told of."""
+        size = batch_rows(4 * self.dim + 200)
+        entries = ark.read(self._path)
+        while piece := list(islice(entries, size)):
+            if rows := list(self._good(piece, tell)):
+                yield self._batch(rows)
+
+    def _good(self, entries: list[ark.Entry], tell: Tell) -> Iterator[tuple[str, Place, Any]]:
+        for key, vector in entries:
+            try:
+                if len(vector) != self.dim:
+                    raise ValueError(f"a vector of {len(vector)} values among those of {self.dim}")
+                yield key, self._place(key), vector
+            except ValueError as error:
+                tell(Spot(self.where(key), str(error)))
+
+    def _batch(self, rows: list[tuple[str, Place, Any]]) -> Batch:
+        keys, places, vectors = zip(*rows, strict=True)
+        paths, starts, durations = zip(*places, strict=True)
+        return {
+            "row": list(keys),
+            "path": list(paths),
+            "start": np.array(starts, dtype=np.float64),
+            "duration": np.array(durations, dtype=np.float64),
+            "speaker": [self._speaker(key) for key in keys],
+            "embedding": np.stack(vectors),
+        }
+
+    def _speaker(self, key: str) -> str | None:
+        word = self._speakers.get(key)
+        return word if word is None or not self.facts else of_utterance_id(word)[0]
+
+
+Place = tuple[str, float, float]
+"""Path, start and duration; NaN for none."""
+
+
+def _own(folder: Path) -> Callable[[str], Place]:
+    """The place that the name of one of our own utterances says; how long it is stands in `segments`."""
+    durations = {key: duration for key, (_, _, duration) in _stretches(folder)}
+
+    def place(key: str) -> Place:
+        path, start = of_utterance_id(key)
+        return path, _NONE if start is None else start, durations.get(key, _NONE)
+
+    return place
+
+
+def _foreign(folder: Path) -> tuple[Callable[[str], Place], Path | None]:
+    """How another program's utterances are found, and under which folder.
+
+    By `wav.scp` and `segments` if they are there, or else by name.
+    """
+    if not (folder / "wav.scp").is_file():
+        return lambda key: (key, _NONE, _NONE), None
+    recordings = read_recordings(folder, None)
+    root = os.fspath(recordings.root).rstrip("/")
+    stretches = dict(_stretches(folder))
+
+    def place(key: str) -> Place:
+        recording, start, duration = stretches.get(key, (key, _NONE, _NONE))
+        if recording not in recordings.paths:
+            raise ValueError("it has no usable line in wav.scp" if not stretches else "it has no line in segments")
+        return f"{root}/{recordings.paths[recording][1]}", start, duration
+
+    return place, recordings.root
+
+
+def _stretches(folder: Path) -> Iterator[tuple[str, tuple[str, float, float]]]:
+    """Recording, start and duration of each utterance in `segments`, if that is there."""
+    path = folder / "segments"
+    for line, text in enumerate(read_lines(path) if path.is_file() else (), 1):
+        words = text.split()
+        if not words:
+            continue
+        try:
+            key, recording, start, end = words
+            begin, until = float(start), float(end)
+        except ValueError:
+            raise UsageError(f"'{path}' line {line} is not utterance, recording, start, end") from None
+        yield key, (recording, begin, _NONE if until == -1 else round(until - begin, 9))

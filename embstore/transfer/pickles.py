@@ -5,7 +5,7 @@
     boundaries    DIR/DATASET/boundaries.pkl, one dict of columns
 
 NAME is the audio file's without its ending; with it where several items would be called the same, and with `@START` for
-a stretch.
+a stretch. docs/transfer.md says what the dicts hold.
 """
 
 from __future__ import annotations

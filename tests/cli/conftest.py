@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from commands import Command, Start, Watcher, install_probe
+from odd_items import fill_odd
 from sqlalchemy import Connection
 
 from embstore import catalog, vectors
@@ -112,6 +113,13 @@ def store(database: Database) -> Database:
         ]
         queue.refuse(connection, token, refusals)
         end_lease(connection, token)
+    return database
+
+
+@pytest.fixture
+def odd(database: Database) -> Database:
+    """Dataset `odd` by model `wide v2`: names and stretches that need care."""
+    fill_odd(database)
     return database
 
 

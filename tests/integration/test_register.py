@@ -118,9 +118,31 @@ def test_a_file_that_is_missing_keeps_what_is_known_of_it(database: Database) ->
     """A manifest names it all the same; it is an item, and its size comes when the file does."""
     done(database, [entry("a.wav"), entry("b.wav", size=None, mtime_ns=None)])
     gone = scan(database, [entry("a.wav", size=None, mtime_ns=None), entry("b.wav", size=3, mtime_ns=3)])
-    assert (gone.new, gone.changed, gone.vanished) == (0, 1, 0)
-    assert ask(database, STATUS) == [("a.wav", "done"), ("b.wav", "pending")]
+    assert (gone.new, gone.changed, gone.vanished) == (0, 0, 0)
+    assert ask(database, STATUS) == [("a.wav", "done"), ("b.wav", "done")]
     assert ask(database, "SELECT size, mtime_ns FROM embstore.item ORDER BY path") == [(1000, 1), (3, 3)]
+    assert scan(database, [entry("a.wav"), entry("b.wav", size=4, mtime_ns=3)]).changed == 1
+
+
+def test_a_file_that_was_missing_and_then_broken_is_tried_again_when_it_is_there(database: Database) -> None:
+    with database.begin() as connection:
+        queue = fill(connection, [entry("a.wav", size=None, mtime_ns=None)])
+        token = take_lease(connection)
+        (key,) = queue.claim(connection, token, 1)
+        queue.refuse(connection, token, [Refusal(key, "failed", "decode_error", "half of it")])
+    assert scan(database, [entry("a.wav")]).changed == 1
+    assert ask(database, STATUS) == [("a.wav", "pending")]
+
+
+def test_a_file_that_turns_up_is_tried_by_the_model_that_missed_it_alone(database: Database) -> None:
+    done(database, [entry("a.wav", size=None, mtime_ns=None)])
+    with database.begin() as connection:
+        other = fill(connection, [entry("a.wav", size=None, mtime_ns=None)], model=Facts(name="other"))
+        token = take_lease(connection)
+        (key,) = other.claim(connection, token, 1)
+        other.refuse(connection, token, [Refusal(key, "failed", "not_found", "no such file")])
+    assert scan(database, [entry("a.wav")]) == Registered(1, 0, 0, 0, 0, back=1)
+    assert ask(database, "SELECT model_id, status FROM embstore.extraction ORDER BY 1") == [(1, "done"), (2, "pending")]
 
 
 def test_what_a_worker_did_not_find_is_pending_again_once_it_is_there(database: Database) -> None:
