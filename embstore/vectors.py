@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,7 @@ ORDER BY position LIMIT {size}
 """
 _OF_ITEMS = """
 SELECT item_id, embedding FROM embstore.embedding_{id}
-WHERE dataset_id = {dataset} AND model_id = {id} AND item_id = ANY (CAST('{{{keys}}}' AS bigint[]))
+WHERE dataset_id = {dataset} AND model_id = {id} AND item_id {which}
 """
 
 _INT8 = np.dtype(np.int64), None
@@ -140,7 +140,7 @@ def page_size(dim: int) -> int:
 
 def ordered(
     connection: Connection, dataset_id: int, model_id: int, dim: int, *, size: int | None = None
-) -> Iterator[Page]:
+) -> Generator[Page]:
     """A dataset's vectors by position, those of `size` positions at a time; items without a vector are left out.
 
     Let the caller's transaction be REPEATABLE READ, so that all pages are of one state.
@@ -161,8 +161,7 @@ def of_items(
     connection: Connection, dataset_id: int, model_id: int, dim: int, item_ids: NDArray[np.int64]
 ) -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
     """Which of these different items have a vector, bool [n], and their vectors in that order, float32 [there, dim]."""
-    keys = ",".join(map(str, item_ids.tolist()))
-    sql = _OF_ITEMS.format(dataset=dataset_id, id=model_id, keys=keys)
+    sql = _OF_ITEMS.format(dataset=dataset_id, id=model_id, which=_which(item_ids))
     found = read_rows(connection, sql, {"item_id": _INT8, "embedding": (np.dtype(np.float32), dim)})
     order = np.argsort(found["item_id"])
     ids = found["item_id"][order]
@@ -173,3 +172,10 @@ def of_items(
     rows = order[places[there]]
     in_order = len(rows) == len(ids) and bool((rows == np.arange(len(rows))).all())
     return there, found["embedding"] if in_order else found["embedding"][rows]
+
+
+def _which(item_ids: NDArray[np.int64]) -> str:
+    """A condition on items: a range, which is read faster, where it holds not many others."""
+    if len(item_ids) and (high := int(item_ids.max())) - (low := int(item_ids.min())) < 1.2 * len(item_ids):
+        return f"BETWEEN {low} AND {high}"
+    return f"= ANY (CAST('{{{','.join(map(str, item_ids.tolist()))}}}' AS bigint[]))"
