@@ -20,6 +20,7 @@ from sqlalchemy import Connection, make_url, text
 from embstore import catalog, centroids, members, sharing, vectors
 from embstore.db import migrate
 from embstore.db.engine import Database
+from embstore.models.base import Face
 from embstore.queue import take_lease
 from embstore.settings import load
 
@@ -28,8 +29,8 @@ ROLES = ("owner", "writer of A", "reader of A", "reader of B", "reader of C", "n
 DATASETS = {"alpha": 1, "beta": 2}
 
 FILLED = {
-    "dataset", "dataset_share", "run", "item", "extraction", "embedding", "embedding_1", "speaker_change", "centroid",
-    "boundary_run", "boundary", "segment", "boundary_score", "boundary_undo",
+    "dataset", "dataset_share", "run", "item", "extraction", "embedding", "embedding_1", "face", "speaker_change",
+    "centroid", "centroid_vector", "boundary_run", "boundary", "segment", "boundary_score", "boundary_undo",
 }  # fmt: skip
 """Tables that hold rows of both datasets here, so that a cell with no row in it means something."""
 
@@ -102,18 +103,24 @@ def _work(database: Database, name: str, team_d: str) -> None:
         queue = fill(connection, entries, dataset=name)
         token = take_lease(connection)
         keys = queue.claim(connection, token, 10)
-        vectors.write(connection, queue, token, keys, vectors_of(10))
+        faces = {key: Face(1, 2, 30, 40, 0.9, 1) for key in keys[:7]}
+        vectors.write(connection, queue, token, keys, vectors_of(10), faces)
         dataset = catalog.get_dataset(connection, name)
         model = catalog.get_model(connection, "small")
         run = catalog.start_run(connection, "extract", dataset.dataset_id, model.model_id, {})
         catalog.end_run(connection, run, dataset.dataset_id, "done", {"done": 10})
         catalog.start_run(connection, "extract", dataset.dataset_id, model.model_id, {})
         centroids.refresh(connection, dataset.dataset_id, model.model_id, centroids.Options())
+        connection.execute(text(_CENTROID_VECTORS), {"d": dataset.dataset_id})
         connection.execute(text("UPDATE embstore.item SET speaker = 'other' WHERE path = 's1/4.wav'"))
         _find_boundaries(connection, dataset.dataset_id, model.model_id)
         sharing.share(connection, dataset.dataset_id, name, team_d, writing=False)
 
 
+_CENTROID_VECTORS = """
+INSERT INTO embstore.centroid_vector (dataset_id, model_id, centroid_id, embedding)
+SELECT dataset_id, model_id, centroid_id, '[1, 2, 3]' FROM embstore.centroid WHERE dataset_id = :d
+"""
 _BOUNDARY_RUN = """
 INSERT INTO embstore.boundary_run (dataset_id, model_id, method, parameters) VALUES (:d, :m, 'auto', '{}')
 RETURNING boundary_run_id
@@ -273,12 +280,13 @@ def test_every_cell(store: Store) -> None:
 def test_views_show_what_the_tables_would(store: Store) -> None:
     truth = Session(store.session("superuser"))
     views = truth("SELECT array_agg(viewname::text) FROM pg_views WHERE schemaname = 'embstore'")
-    assert {"items", "datasets", "embeddings_small", "speaker_centroids", "segments"} <= set(views)
+    filled = {"items", "datasets", "embeddings_small", "faces", "speaker_centroids", "segments"}
+    assert filled <= set(views)
     for view in views:
         for dataset in DATASETS:
             query = f"SELECT count(*) FROM embstore.{view} WHERE dataset = '{dataset}'"
             rows = truth(query)
-            assert rows > 0 or view not in {"items", "datasets", "embeddings_small", "speaker_centroids", "segments"}
+            assert rows > 0 or view not in filled
             shown = {role: Session(store.session(role))(query) for role in ROLES}
             mine = {"A": "alpha", "B": "beta"}
             for role in ROLES[1:-1]:
