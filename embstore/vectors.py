@@ -93,10 +93,9 @@ def write(
     written = np.asarray(queue.finish(connection, token, item_ids), dtype=np.int64)
     if len(written) == 0:
         return
-    order = np.argsort(np.asarray(item_ids, dtype=np.int64))
-    ids = np.asarray(item_ids, dtype=np.int64)[order]
-    rows = order[np.searchsorted(ids, written)]
-    embeddings = np.ascontiguousarray(vectors[rows], dtype=np.float32)
+    if len(written) < len(item_ids):
+        vectors = vectors[np.isin(item_ids, written)]
+    embeddings = np.ascontiguousarray(vectors, dtype=np.float32)
     table = f"embstore.embedding_{queue.scope['model_id']}"
     copy_rows(connection, table, {**_keys(queue, written), "embedding": embeddings})
     if faces:

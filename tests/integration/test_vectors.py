@@ -95,6 +95,19 @@ def test_a_matrix_in_any_memory_layout_is_stored_the_same(database: Database) ->
     assert all(bits(stored[key]) == bits(row) for key, row in zip(keys, expected, strict=True))
 
 
+def test_each_item_gets_its_own_vector_in_whatever_order_they_come(database: Database) -> None:
+    matrix = vectors_of(6)
+    with database.begin() as connection:
+        queue = fill(connection, 6)
+        token = take_lease(connection)
+        keys = queue.claim(connection, token, 6)
+        vectors.write(connection, queue, token, [keys[4], keys[1]], matrix[[4, 1]])
+    with database.begin() as connection:  # two of them stand there already
+        vectors.write(connection, queue, token, keys[::-1], matrix[::-1])
+    stored = read(database, queue)
+    assert all(bits(stored[key]) == bits(row) for key, row in zip(keys, matrix, strict=True))
+
+
 def test_writing_again_after_a_lost_answer_changes_nothing(database: Database) -> None:
     with database.begin() as connection:
         queue = fill(connection, 5)
