@@ -42,7 +42,7 @@ from sqlalchemy.dialects.postgresql import JSONB, OID
 from sqlalchemy.types import UserDefinedType
 
 SCHEMA = "embstore"
-HEAD = "0009"
+HEAD = "0010"
 """The newest migration. Revisions are numbered, so that older and newer can be told apart without loading Alembic."""
 
 MINIMUM_SERVER = 16
@@ -287,14 +287,7 @@ centroid = Table(
     CheckConstraint(f"status IN {STATUSES}", name="centroid_status"),
     CheckConstraint("(error_code IS NOT NULL) = (status IN ('failed', 'skipped'))", name="centroid_reason"),
 )
-for _status in ("pending", "running"):
-    Index(
-        f"centroid_{_status}",
-        centroid.c.dataset_id,
-        centroid.c.model_id,
-        centroid.c.centroid_id,
-        postgresql_where=text(f"status = '{_status}'"),
-    )
+"""No index names the status, as `extraction` has them: so that updates of it need no new entry in any index."""
 
 centroid_vector = Table(
     "centroid_vector",

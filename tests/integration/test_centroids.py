@@ -24,7 +24,7 @@ from embstore.claims import Claimant
 from embstore.db.engine import Database
 from embstore.errors import DatabaseError
 from embstore.progress import PlainDisplay
-from embstore.queue import Queue, Refusal, take_lease
+from embstore.queue import _CLAIM, Queue, Refusal, take_lease
 from embstore.register import enqueue, register
 from embstore.settings import Settings
 from embstore.supervise import Outcome
@@ -255,6 +255,37 @@ def test_no_more_workers_than_ranges(store: Store) -> None:
     assert len(store.compute(4).workers) == 1
     assert len(store.compute(4, recompute=True, chunk_size=2).workers) == 2
     assert store.compute(4).workers == []
+
+
+def test_status_changes_need_no_entry_in_any_index(store: Store) -> None:
+    for name in ("ann", "bob", "cem"):
+        store.add(name, vectors_of(2))
+    store.refresh()
+    queue = centroids.centroid_queue(store.dataset_id, store.model_id)
+    refusal = "too_few_utterances"
+    with store.database.begin() as connection:
+        token = take_lease(connection)
+        keys = queue.claim(connection, token, 2)
+        queue.refuse(connection, token, [Refusal(key, "skipped", refusal, "few") for key in keys])
+        queue.retry(connection, ["skipped"])
+        counts = [
+            f"pg_stat_get_xact_tuples_{kind}('embstore.centroid'::regclass)" for kind in ("updated", "hot_updated")
+        ]
+        assert connection.exec_driver_sql(f"SELECT {', '.join(counts)}").one() == (6, 6)
+
+
+def test_a_claim_walks_the_index_whatever_the_statistics_say(store: Store) -> None:
+    for name in ("ann", "bob", "cem"):
+        store.add(name, vectors_of(2))
+    store.compute()
+    with store.database.begin() as connection:
+        connection.exec_driver_sql("ANALYZE embstore.centroid")  # none is pending
+        connection.exec_driver_sql("UPDATE embstore.centroid SET status = 'pending'")
+    queue = centroids.centroid_queue(store.dataset_id, store.model_id)
+    claim = _CLAIM.replace("UPDATE", "EXPLAIN UPDATE", 1).format(**queue._names)
+    plan = "\n".join(line for (line,) in ask(store.database, claim, **queue.scope, token=1, limit=2, after=0))
+    assert "Index Scan using centroid_pkey" in plan
+    assert "Sort" not in plan
 
 
 # What changed since
