@@ -73,7 +73,7 @@ def main() -> None:
             if how == "end to end":
                 taken, used = end_to_end(settings, folder / "audio", f"round-{next(numbers)}", plan)
             else:
-                ((taken, used),) = (message for _, message in run_worker(embed_decoded, Alone(files, plan, how), plan))
+                ((_, _, (taken, used)),) = run_workers(embed_decoded, Alone(files, plan, how), plan)
             processor.setdefault(f"{how}, processors' seconds", []).append(used)
             return float(taken)
 
@@ -110,7 +110,7 @@ def replicate(source: Path, folder: Path, items: int) -> list[Path]:
 def end_to_end(
     settings: Settings, folder: Path, name: str, plan: Plan, model: str = "resemblyzer"
 ) -> tuple[float, float]:
-    """Extract the folder as a dataset of its own; seconds and processors' seconds from lease to last commit."""
+    """Extract the folder as a dataset of its own; seconds, and processors' seconds, from first lease to last commit."""
     database = Database(settings)
     recipe = find(model, {})
     source = open_source(folder, extensions=extensions.BY_MEDIA[recipe.media])
@@ -120,16 +120,15 @@ def end_to_end(
         enqueue(connection, dataset.dataset_id, model_id)
     task = Task(dataset.dataset_id, dataset.root)
     job = Job(settings, recipe, model_id, (task,), "cpu", plan.decoders)
-    messages = run_worker(work_by_the_clock, job, plan)
-    (begin, (before, lease)) = messages[0]
-    commits = [(moment, used, one) for moment, (used, one) in messages if isinstance(one, Committed)]
-    end, after, _ = commits[-1]
-    assert isinstance(lease, Leased)
-    assert sum(commit.tally.processed for _, _, commit in commits) == registered.found
+    messages = run_workers(work_by_the_clock, job, plan)
+    leases = {worker: used for worker, _, (used, one) in messages if isinstance(one, Leased)}
+    commits = [(worker, moment, used, one) for worker, moment, (used, one) in messages if isinstance(one, Committed)]
+    assert sum(one.tally.processed for *_, one in commits) == registered.found
+    ends = {worker: used for worker, _, used, _ in commits}
     with database.begin() as connection:
         assert not extraction_queue(dataset.dataset_id, model_id).is_open(connection)
     database.close()
-    return end - begin, after - before
+    return commits[-1][1] - messages[0][1], sum(used - leases[worker] for worker, used in ends.items())
 
 
 def work_by_the_clock(channel: Channel, job: Job) -> None:
@@ -139,15 +138,16 @@ def work_by_the_clock(channel: Channel, job: Job) -> None:
     work(channel, job)
 
 
-def run_worker(target: Callable[[Channel, Any], None], job: object, plan: Plan) -> list[tuple[float, Any]]:
-    """Run one worker process as `embstore extract` does; its messages, with the time at which they came."""
-    messages: list[tuple[float, Any]] = []
+def run_workers(target: Callable[[Channel, Any], None], job: object, plan: Plan) -> list[tuple[int, float, Any]]:
+    """Run the plan's workers as `embstore extract` does; their messages, with the worker's number and the time."""
+    messages: list[tuple[int, float, Any]] = []
 
-    def note(_index: int, message: object) -> bool:
-        messages.append((time.perf_counter(), message))
+    def note(index: int, message: object) -> bool:
+        messages.append((index, time.perf_counter(), message))
         return True
 
-    Crew(target, [job], environ=plan.environ, on_message=note, on_death=lambda _index: None).run()
+    jobs = [job] * len(plan.devices)
+    Crew(target, jobs, environ=plan.environ, on_message=note, on_death=lambda _index: None).run()
     return messages
 
 

@@ -2,13 +2,15 @@
 
 end to end      a worker process of `embstore extract`, one for all cores, from its lease (just before its first claim)
                 to its last commit: claim, open, decode, the model's statistics, write; without starting Python
+two workers     the same with two of them, which share the cores
 Pillow loop     what anybody would write: open a picture with Pillow, convert it to RGB, scale it, the model's
                 statistics; one after the other in one thread, and nothing is written
 Pillow threads  the same in as many threads as the worker has decoders
 the model       its own `prepare` in as many threads, which lets a JPEG come smaller (and turns pictures upright, scales
                 16 bits, …); nothing is written
 
-Most of the pictures are JPEG, of the size of a small photo. The processors' seconds of each are shown too.
+Most of the pictures are JPEG, of the size of a small photo. The processors' seconds of each are shown too. With
+`--keep FOLDER` the pictures stay there, and the next run finds them made.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 from common import Times, arguments, in_turns, ratio, server, show, show_ratio, temporary_folder
-from extract import end_to_end, run_worker
+from extract import end_to_end, run_workers
 from PIL import Image
 
 from embstore.extract import devices
@@ -47,29 +49,33 @@ def main() -> None:
     """Measure and print."""
     parser = arguments(__doc__, items=1_200, rounds=3)
     parser.add_argument("--width", type=int, default=1024, help="of the pictures, in pixels (default: 1024)")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the pictures here")
     options = parser.parse_args()
     plan = devices.plan(1, "none")
+    plans = {"end to end": plan, "two workers": devices.plan(2, "none")}
     processor: Times = {}
     numbers = itertools.count(1)
     with temporary_folder() as folder, server() as settings:
-        files = make_pictures(folder / "pictures", options.items, options.width)
+        pictures = options.keep.resolve() if options.keep else folder / "pictures"
+        files = make_pictures(pictures, options.items, options.width)
 
         def run(how: str) -> float:
-            if how == "end to end":
-                taken, used = end_to_end(settings, folder / "pictures", f"{next(numbers)}", plan, "statistical-image")
+            if how in plans:
+                taken, used = end_to_end(settings, pictures, f"{next(numbers)}", plans[how], "statistical-image")
             else:
-                ((_, (taken, used)),) = run_worker(loop, Alone(files, plan, how), plan)
+                ((_, _, (taken, used)),) = run_workers(loop, Alone(files, plan, how), plan)
             processor.setdefault(f"{how}, processors' seconds", []).append(used)
             return float(taken)
 
-        ways = ("end to end", "Pillow loop", "Pillow threads", "the model")
+        ways = (*plans, "Pillow loop", "Pillow threads", "the model")
         times = in_turns(options.rounds, {how: partial(run, how) for how in ways})
     print(
         f"{len(files):,} pictures, {options.width} pixels wide, {plan.decoders} decoders,"
         f" {options.rounds} rounds in turns"
     )
     show(times | processor, len(files))
-    show_ratio("end-to-end speed / the Pillow loop's", ratio(times, "Pillow loop", "end to end"), "1 or more")
+    for how in plans:
+        show_ratio(f"speed, {how} / the Pillow loop's", ratio(times, "Pillow loop", how), "1 or more")
     show_ratio("end-to-end speed / the model's alone", ratio(times, "the model", "end to end"), "0.9 or more")
 
 
@@ -77,16 +83,18 @@ def make_pictures(folder: Path, items: int, width: int) -> list[Path]:
     """Smooth colours with some noise: a JPEG of 1024 pixels' width takes some 150 kB."""
     paths = []
     for number in range(items):
+        path = folder / f"person-{number % 40:02}" / f"{number:05}{ENDINGS[number % len(ENDINGS)]}"
+        paths.append(path)
+        if path.exists():
+            continue
         dice = np.random.default_rng(number)
         size = (width, width * 3 // 4)
         smooth = Image.fromarray(dice.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(
             size, Image.Resampling.BICUBIC
         )
         noise = Image.effect_noise(size, 20).convert("RGB")
-        path = folder / f"person-{number % 40:02}" / f"{number:05}{ENDINGS[number % len(ENDINGS)]}"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.blend(smooth, noise, 0.1).save(path, **({"compress_level": 1} if path.suffix == ".png" else {}))
-        paths.append(path)
     return paths
 
 
