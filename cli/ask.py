@@ -19,6 +19,7 @@ from embstore.db.engine import Database
 from embstore.db.migrate import require_ready
 from embstore.errors import EmbstoreError, UsageError
 from embstore.extract import devices
+from embstore.extract.works import DEFAULT_MODELS, UNITS, Wanted
 from embstore.media import extensions
 from embstore.models import registry
 from embstore.settings import Settings
@@ -26,7 +27,6 @@ from embstore.sources import open_source
 from embstore.supervise import PARENT_CONNECTIONS
 
 from .options import opened
-from .wanted import DEFAULT_MODELS, UNITS, Wanted
 
 MAX_WORKERS = 8
 _LOOKED_AT = 5000

@@ -9,14 +9,12 @@ from typing import Any
 
 from embstore import catalog
 from embstore.boundaries import folders, job, labels, report
-from embstore.boundaries.job import CONNECTIONS, Options
+from embstore.boundaries.job import Options
 from embstore.catalog import Dataset, StoredModel
 from embstore.db.engine import Database
 from embstore.db.migrate import require_ready
-from embstore.extract.devices import count_cores
 from embstore.progress import Display
 from embstore.settings import Settings
-from embstore.supervise import PARENT_CONNECTIONS, check_connections
 
 from .main import INTERRUPTED
 from .options import opened
@@ -74,7 +72,7 @@ class Detection:
         self, database: Database, model: StoredModel, datasets: list[Dataset], places: dict[tuple[str, str], Path]
     ) -> bool:
         """All datasets by one model; False if it was interrupted."""
-        number = _workers(self.settings, len(datasets))
+        number = job.count_workers(self.settings, len(datasets))
 
         def show(pending: int) -> Display:
             crew = f"{plural(pending, 'run')}, {plural(number, 'worker')}"
@@ -130,10 +128,3 @@ def _write(database: Database, summary: dict[str, Any], model: str, folder: Path
             folder, result, summary["items"], files, dataset=summary["dataset"], model=model, copy=copy
         )
     return len(missing)
-
-
-def _workers(settings: Settings, datasets: int) -> int:
-    most = (settings.db_max_connections - PARENT_CONNECTIONS) // CONNECTIONS
-    number = min(settings.embedding_workers or min(count_cores(), most), datasets)
-    check_connections(settings, number, CONNECTIONS)
-    return number

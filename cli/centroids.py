@@ -10,19 +10,15 @@ from typing import get_args
 import click
 
 from embstore import catalog, centroids
-from embstore.centroids import CONNECTIONS_A_WORKER, Average, Options
+from embstore.centroids import Average, Options
 from embstore.db.migrate import require_ready
-from embstore.extract.devices import count_cores
 from embstore.progress import Display
 from embstore.settings import load
-from embstore.supervise import PARENT_CONNECTIONS, Outcome, check_connections
+from embstore.supervise import Outcome
 
 from .options import database_options, opened
 from .outcome import exit_code, log_option, tell, watch
 from .output import plural, write_json
-
-MAX_WORKERS = 4
-"""If nobody asks for more: the work is done by the server, which has other things to do."""
 
 
 @click.command("centroids")
@@ -83,11 +79,7 @@ def command(
       embstore sql "select speaker, num_utterances, cohesion from speaker_centroids"
     """
     settings = load(database_url=database_url, home=home, embedding_workers=workers)
-    most = (settings.db_max_connections - PARENT_CONNECTIONS) // CONNECTIONS_A_WORKER
-    number = settings.embedding_workers or min(MAX_WORKERS, count_cores())
-    if workers is None:
-        number = min(number, most)
-    check_connections(settings, number, CONNECTIONS_A_WORKER)
+    number = centroids.count_workers(settings, asked=workers)
     options = Options(average, min_utterances, chunk_size, recompute=not skip_existing)
     out = sys.stderr if as_json else sys.stdout
 

@@ -8,11 +8,8 @@ from functools import partial
 from pathlib import Path
 
 import click
-from sqlalchemy import Connection
 
 from embstore import catalog
-from embstore.catalog import Dataset, StoredModel
-from embstore.errors import UsageError
 from embstore.progress import bar
 from embstore.settings import Settings
 from embstore.transfer import export as transfer
@@ -68,7 +65,7 @@ def embeddings(
       embstore export embeddings out --dataset train --format parquet
     """
     with snapshot(settings) as connection:
-        chosen, of = _one(connection, dataset, model)
+        chosen, of = catalog.one_pair(connection, dataset, model)
         done = transfer.export_embeddings(connection, folder, form, chosen, of, force=force, begin=_begin)
     click.echo(f"wrote {plural(done.rows, 'vector')} of '{of.name}' by {chosen.name} to {done.place}")
 
@@ -95,7 +92,9 @@ def centroids(
     with snapshot(settings) as connection:
         if dataset is not None:
             catalog.get_dataset(connection, dataset)
-        chosen = _model(connection, dataset, model, "'embstore extract PATH', then 'embstore centroids'")
+        chosen = catalog.one_model(
+            connection, dataset, model, first="'embstore extract PATH', then 'embstore centroids'"
+        )
         done = transfer.export_centroids(connection, folder, form, chosen, dataset, force=force, begin=_begin)
     click.echo(f"wrote {plural(done.rows, 'centroid')} by {chosen.name} to {done.place}")
     if done.stale:
@@ -134,33 +133,3 @@ def boundaries(
         chosen = run if run is not None else transfer.find_run(connection, dataset, model)
         done = transfer.export_boundaries(connection, folder, form, chosen, force=force, begin=_begin)
     click.echo(f"wrote run {chosen}, {plural(done.rows, 'item')}, to {done.place}")
-
-
-def _one(connection: Connection, dataset: str | None, model: str | None) -> tuple[StoredModel, Dataset]:
-    """A model and a dataset that has vectors by it; either may be left out where there is but one."""
-    chosen = _model(connection, dataset, model, "'embstore extract PATH'")
-    if dataset is not None:
-        return chosen, catalog.get_dataset(connection, dataset)
-    datasets = [one for _, them in catalog.embedded(connection, None, chosen.name) for one in them]
-    if len(datasets) != 1:
-        names = ", ".join(f"'{found.name}'" for found in datasets)
-        raise UsageError(
-            f"there are several datasets, {names}: add --dataset NAME"
-            if datasets
-            else f"there are no vectors by model '{chosen.name}': type 'embstore extract PATH' first"
-        )
-    return chosen, datasets[0]
-
-
-def _model(connection: Connection, dataset: str | None, model: str | None, first: str) -> StoredModel:
-    if model is not None:
-        return catalog.get_model(connection, model)
-    models = [found for found, _ in catalog.embedded(connection, dataset, None)]
-    if len(models) != 1:
-        names = ", ".join(f"'{found.name}'" for found in models)
-        raise UsageError(
-            f"there are vectors by several models, {names}: add --model NAME"
-            if models
-            else f"there are no vectors: type {first}"
-        )
-    return models[0]

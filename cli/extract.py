@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,11 @@ from embstore import catalog, indexes
 from embstore.catalog import Dataset
 from embstore.db.engine import Database
 from embstore.db.migrate import require_ready
-from embstore.errors import UsageError
 from embstore.extract import devices, run, tuning
+from embstore.extract import works as works_of
 from embstore.extract.devices import Plan
 from embstore.extract.speed import speed
+from embstore.extract.works import DEFAULT_MODELS, UNITS, Wanted, Work
 from embstore.media import extensions
 from embstore.models.base import Recipe
 from embstore.progress import Display
@@ -32,11 +32,8 @@ from .model_options import model_options
 from .options import database_options, opened
 from .outcome import exit_code, log_option, tell, watch
 from .output import write_json
-from .wanted import DEFAULT_MODELS, UNITS, Wanted
 
 _PROBLEMS_SHOWN = 10
-
-Work = tuple[Recipe, list[Dataset]]
 
 
 @click.command()
@@ -145,9 +142,9 @@ def extract(
                     return
                 works = register(dry_run=False, quiet=True)
         elif auto_embed and dataset is None and wanted.name is not None:
-            works = _every_dataset(database, wanted)
+            works = works_of.every_dataset(database, wanted)
         else:
-            works = _open_works(database, dataset, wanted, named=model is not None)
+            works = works_of.open_works(database, dataset, wanted, named=model is not None)
         if dry_run:
             say.plan(works, plan)
             say.line("dry run: nothing was registered" if source_of is not None else "dry run: nothing was done")
@@ -183,52 +180,11 @@ def _register(
     dry_run: bool,
     quiet: bool = False,
 ) -> list[Work]:
-    """Register what PATH holds for a model, unless that is refused. Raises ModelError and UsageError."""
-    recipe = wanted.find(database)
-    with database.begin() as connection:
-        catalog.stored_model(connection, recipe.name, recipe.fingerprint())
-    source = source_of(extensions=extensions.BY_MEDIA[recipe.media])
-    try:
-        dataset, found = run.register_source(
-            database, source, name=name or source.name, media=recipe.media, dry_run=dry_run
-        )
-    except UsageError as error:
-        other = "image" if recipe.media == "audio" else "audio"
-        if source.ignored.keys() & extensions.BY_MEDIA[other]:
-            raise UsageError(f"{error}; for {UNITS[other]}, type --media {other}") from None
-        raise
+    """Register what PATH holds for a model, and say what that was."""
+    work, found, source = works_of.register(database, source_of, name, wanted, dry_run=dry_run)
     if not quiet:
-        say.registered(dataset, found, source)
-    return [(recipe, [dataset])]
-
-
-def _every_dataset(database: Database, wanted: Wanted) -> list[Work]:
-    """All datasets that a model can embed, whether it was asked to before or not."""
-    recipe = wanted.find(database)
-    with database.begin() as connection:
-        datasets = catalog.datasets(connection, recipe.media)
-    return [(recipe, datasets)] if datasets else []
-
-
-def _open_works(database: Database, name: str | None, wanted: Wanted, *, named: bool) -> list[Work]:
-    """What is pending, model by model; a dataset and a model `named` together are begun if need be."""
-    with database.begin() as connection:
-        chosen = catalog.get_dataset(connection, name, writing=True) if name is not None else None
-        work = catalog.open_work(connection)
-    recipe = wanted.find(database, chosen.media if chosen is not None and named else None)
-    if chosen is not None and named:
-        return [(recipe, [chosen])]
-    work = [
-        w
-        for w in work
-        if (chosen is None or w.dataset == chosen)
-        and (not named or w.model == recipe.name)
-        and wanted.media in (None, w.dataset.media)
-    ]
-    return [
-        (recipe if model == recipe.name else Wanted(model, None, {}).find(database), [w.dataset for w in same])
-        for model, same in groupby(work, key=lambda w: w.model)
-    ]
+        say.registered(work[1][0], found, source)
+    return [work]
 
 
 def _extract_all(

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 from typing import Any
 
 import click
 
+from embstore import recipes
 from embstore.errors import UsageError
 
 from .options import Command
-
-_PATHS = ("model_dir",)
-"""Options that are paths: what the database keeps must not depend on the folder in which somebody typed it."""
 
 
 def model_options(command: Command) -> Command:
@@ -35,10 +32,7 @@ def model_options(command: Command) -> Command:
             if not (name and equals):
                 raise UsageError(f"--model-option '{pair}' is not NAME=VALUE, such as channel=mean")
             options[name] = value
-        for name in _PATHS:
-            if name in options:
-                options[name] = str(Path(options[name]).expanduser().resolve())
-        return command(*args, options=options, **values)
+        return command(*args, options=recipes.with_whole_paths(options), **values)
 
     for add in reversed(_FLAGS):
         with_options = add(with_options)

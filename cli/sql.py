@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,32 +9,15 @@ from typing import Any
 
 import click
 import psycopg2
-from psycopg2.extensions import connection as DriverConnection  # noqa: N812
-from psycopg2.extensions import cursor as Cursor  # noqa: N812
 from sqlalchemy import Connection
 
-from embstore.db.migrate import inspect, require_ready
+from embstore import query as sql_query
+from embstore.db.migrate import require_ready
 from embstore.errors import UsageError
 from embstore.settings import Settings
 
 from .options import interruptible, opened, pass_settings
 from .output import FORMATS, Vector, plural, write_rows
-
-_SEARCH_PATH = """SET LOCAL search_path = public, embstore"""
-
-_DECLARE = "DECLARE embstore_rows NO SCROLL CURSOR FOR "
-_PIECE = 2000
-"""Rows that are fetched at a time."""
-
-_COMMENTS = re.compile(r"\s+|--[^\n]*|/\*.*?\*/", re.DOTALL)
-_READS = re.compile(r"\(*\s*(select|with|values|table)\b", re.IGNORECASE)
-
-_VECTOR_TYPES = "SELECT oid FROM pg_type WHERE typname IN ('vector', 'halfvec')"
-
-_READ_ONLY = "25006"
-_NO_RIGHT = "42501"
-_NO_TRANSACTION = "25001"
-_UNDEFINED_TABLE = "42P01"
 
 
 @click.command()
@@ -62,7 +44,7 @@ def sql(query: str | None, file: Path | None, form: str, write: bool, settings: 
             try:
                 count, said = _run(connection, statement, form, write)
             except psycopg2.Error as error:
-                raise _explained(error, settings) from error
+                raise sql_query.explained(error, connection, to_write="add --write") from error
     click.echo(f"({plural(count, 'row')})" if said is None else said, err=True)
 
 
@@ -78,54 +60,17 @@ def _statement(query: str | None, file: Path | None) -> str:
             raise UsageError(f"'{file}' is not UTF-8 text; save it as UTF-8") from None
     else:
         statement = sys.stdin.read() if query == "-" else str(query)
-    if not _COMMENTS.sub("", statement).strip(";"):
-        raise UsageError("the query is empty")
+    sql_query.check(statement)
     return statement
 
 
 def _run(connection: Connection, statement: str, form: str, write: bool) -> tuple[int, str | None]:
     """Run and print; returns the number of rows, and what the server said of a statement without rows."""
-    driver = connection.connection.driver_connection
-    assert isinstance(driver, DriverConnection)
-    with interruptible(), driver.cursor() as cursor:
-        if not write:
-            # For the session, as a COMMIT within the query would end what holds for the transaction alone.
-            cursor.execute("SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY")
-            driver.commit()
-        cursor.execute(_SEARCH_PATH)
-        cursor.execute(_VECTOR_TYPES)
-        vector_types = {oid for (oid,) in cursor.fetchall()}
-        streams = form != "table" and _declare(cursor, statement)
-        # Through the driver, without parameters: % and : in a query are the query's own.
-        cursor.execute(f"FETCH {_PIECE} FROM embstore_rows" if streams else statement)
-        if cursor.description is None:
-            return 0, cursor.statusmessage or "done"
-        columns = [column.name for column in cursor.description]
-        vectors = [place for place, column in enumerate(cursor.description) if column.type_code in vector_types]
-        return write_rows(columns, _with_vectors(_rows(cursor, streams), vectors), form, sys.stdout), None
-
-
-def _declare(cursor: Cursor, statement: str) -> bool:
-    """Open a cursor on the server for a single reading query; False for anything else, which has not been run then."""
-    if not _READS.match(_COMMENTS.sub(" ", statement).strip()) or ";" in statement.strip().rstrip(";"):
-        return False
-    cursor.execute("SAVEPOINT embstore_declare")
-    try:
-        # A line break, as the query may begin with a comment and end with one.
-        cursor.execute(f"{_DECLARE}\n{statement}")
-    except psycopg2.Error:
-        # Wrong, or a WITH that writes: either way plain execution has the better answer.
-        cursor.execute("ROLLBACK TO SAVEPOINT embstore_declare")
-        return False
-    return True
-
-
-def _rows(cursor: Cursor, streams: bool) -> Iterator[Sequence[Any]]:
-    while rows := cursor.fetchall():
-        yield from rows
-        if not streams:
-            return
-        cursor.execute(f"FETCH {_PIECE} FROM embstore_rows")
+    with interruptible():
+        answer = sql_query.run(connection, statement, write=write, streams=form != "table")
+        if answer.rows is None:
+            return 0, answer.said
+        return write_rows(answer.columns, _with_vectors(answer.rows, answer.vectors), form, sys.stdout), None
 
 
 def _with_vectors(rows: Iterator[Sequence[Any]], places: Sequence[int]) -> Iterator[Sequence[Any]]:
@@ -138,26 +83,3 @@ def _with_vectors(rows: Iterator[Sequence[Any]], places: Sequence[int]) -> Itera
             if values[place] is not None:
                 values[place] = Vector(values[place])
         yield values
-
-
-def _explained(error: psycopg2.Error, settings: Settings) -> Exception:
-    """A slip in the query as UsageError; anything else as it is."""
-    code = error.pgcode or ""
-    words = error.diag.message_primary or " ".join(str(error).split())
-    if code == _READ_ONLY:
-        return UsageError(f"{words}: add --write to change the database")
-    if code == _NO_TRANSACTION:
-        return UsageError(f"{words}: type it in 'embstore db psql'")
-    if code == _NO_RIGHT or code[:2] not in ("42", "22", "0A", "23", "P0"):
-        return error
-    if code == _UNDEFINED_TABLE and (problem := _problem(settings)):
-        return UsageError(f"{words}; {problem}")
-    position = f" at character {error.diag.statement_position}" if error.diag.statement_position else ""
-    hint = f"; {error.diag.message_hint}" if error.diag.message_hint else ""
-    return UsageError(" ".join(f"{words}{position}{hint}".split()))
-
-
-def _problem(settings: Settings) -> str | None:
-    """Why the views are missing, if that is the database's state."""
-    with opened(settings) as database, database.begin() as connection:
-        return inspect(connection).problem

@@ -248,6 +248,45 @@ def embedded(
     return list(found.items())
 
 
+def one_pair(connection: Connection, dataset: str | None, model: str | None) -> tuple[StoredModel, Dataset]:
+    """A model and a dataset that has vectors by it; either may be left out where there is but one.
+
+    Raises UsageError if it is unclear which is meant, ModelError for an unknown model.
+    """
+    chosen = one_model(connection, dataset, model)
+    if dataset is not None:
+        return chosen, get_dataset(connection, dataset)
+    datasets = [one for _, them in embedded(connection, None, chosen.name) for one in them]
+    if len(datasets) != 1:
+        names = ", ".join(f"'{found.name}'" for found in datasets)
+        raise UsageError(
+            f"there are several datasets, {names}: add --dataset NAME"
+            if datasets
+            else f"there are no vectors by model '{chosen.name}': type 'embstore extract PATH' first"
+        )
+    return chosen, datasets[0]
+
+
+def one_model(
+    connection: Connection, dataset: str | None, model: str | None, *, first: str = "'embstore extract PATH'"
+) -> StoredModel:
+    """The model of that name, or the only one with vectors of the dataset. `first` is what to type if there are none.
+
+    Raises UsageError and ModelError.
+    """
+    if model is not None:
+        return get_model(connection, model)
+    models = [found for found, _ in embedded(connection, dataset, None)]
+    if len(models) != 1:
+        names = ", ".join(f"'{found.name}'" for found in models)
+        raise UsageError(
+            f"there are vectors by several models, {names}: add --model NAME"
+            if models
+            else f"there are no vectors: type {first}"
+        )
+    return models[0]
+
+
 def get_model(connection: Connection, name: str) -> StoredModel:
     """Find a stored model by name. Raises ModelError that lists the names there are."""
     row = connection.execute(

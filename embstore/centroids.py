@@ -14,20 +14,23 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from sqlalchemy import Connection, text
 
 from embstore import faults
 from embstore.catalog import Dataset, StoredModel
 from embstore.claims import Claim, Claimant
+from embstore.db.copy import Column, read_rows, read_texts
 from embstore.db.engine import Database
 from embstore.errors import DatabaseError
 from embstore.progress import Display, Tally
 from embstore.queue import Queue, Refusal
 from embstore.settings import Settings
-from embstore.supervise import Committed, Leased, Outcome, Run, Share
-from embstore.workers import Channel, prepare
+from embstore.supervise import PARENT_CONNECTIONS, Committed, Leased, Outcome, Run, Share, check_connections
+from embstore.workers import Channel, count_cores, prepare
 
 Average = Literal["mean", "unit"]
 
@@ -36,6 +39,8 @@ BYTES_A_RANGE = 20_000_000
 MIN_RANGE, MAX_RANGE = 10, 5_000
 CONNECTIONS_A_WORKER = 2
 """The second one renews the lease while a statement takes long: a speaker may have millions of utterances."""
+MAX_WORKERS = 4
+"""If nobody asks for more: the work is done by the server, which has other things to do."""
 _SAMPLE = 20_000
 _MANY = 1_000
 _IDLE = 0.1
@@ -152,6 +157,30 @@ SELECT set_config(name, value, true) FROM (VALUES ('enable_seqscan', 'off'), ('e
 """
 
 
+_AVERAGED = """
+FROM embstore.centroid c JOIN embstore.centroid_vector v USING (dataset_id, model_id, centroid_id)
+WHERE c.dataset_id = {dataset} AND c.model_id = {model} ORDER BY c.centroid_id
+"""
+_NUMBERS = f"""
+SELECT c.num_utterances, CAST(c.status <> 'done' OR EXISTS (SELECT FROM embstore.speaker_change g
+    WHERE g.dataset_id = c.dataset_id AND g.model_id = c.model_id AND g.speaker = c.speaker) AS integer), v.embedding
+{_AVERAGED}
+"""
+_SPEAKERS = f"SELECT c.speaker {_AVERAGED}"
+
+
+class Centroids(NamedTuple):
+    """The centroids of a dataset's speakers by one model, in the same order throughout."""
+
+    speakers: list[str]
+    vectors: NDArray[np.float32]
+    """float32 [n, dim]."""
+    num_utterances: NDArray[np.int64]
+    """int64 [n]: how many each is the average of."""
+    stale: NDArray[np.bool_]
+    """bool [n]: whether its utterances have changed since."""
+
+
 @dataclass(frozen=True)
 class Options:
     """How centroids are computed."""
@@ -180,6 +209,15 @@ def centroid_queue(dataset_id: int, model_id: int) -> Queue:
     return Queue("embstore.centroid", "centroid_id", {"dataset_id": dataset_id, "model_id": model_id})
 
 
+def count_workers(settings: Settings, *, asked: int | None = None) -> int:
+    """How many workers to start, of those that may be. Raises UsageError if more are `asked` for, or set."""
+    number = asked or settings.embedding_workers or min(MAX_WORKERS, count_cores())
+    if asked is None:
+        number = min(number, (settings.db_max_connections - PARENT_CONNECTIONS) // CONNECTIONS_A_WORKER)
+    check_connections(settings, number, CONNECTIONS_A_WORKER)
+    return number
+
+
 def refresh(connection: Connection, dataset_id: int, model_id: int, options: Options) -> None:
     """Make pending what is new, stale, or computed otherwise than `options` says; forget speakers without items."""
     values = {
@@ -197,6 +235,16 @@ def refresh(connection: Connection, dataset_id: int, model_id: int, options: Opt
     if others:
         connection.execute(text(_FORGET_VECTORS), values | {"centroid_ids": others})
     connection.execute(text(_MARK), values)
+
+
+def read(connection: Connection, dataset_id: int, model: StoredModel) -> Centroids:
+    """The centroids that there are. Let the caller's transaction be REPEATABLE READ."""
+    scope = {"dataset": dataset_id, "model": model.model_id}
+    int4 = np.dtype(np.int32), None
+    columns: dict[str, Column] = {"number": int4, "stale": int4, "vector": (np.dtype(np.float32), model.dim)}
+    found = read_rows(connection, _NUMBERS.format(**scope), columns)
+    speakers = [str(speaker) for speaker in read_texts(connection, _SPEAKERS.format(**scope))]
+    return Centroids(speakers, found["vector"], found["number"].astype(np.int64), found["stale"].astype(np.bool_))
 
 
 def compute(

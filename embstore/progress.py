@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -71,9 +72,17 @@ def display(total: int, stream: TextIO, *, live: bool | None = None, log: bool =
     """The display that fits the stream, or, with `log`, a log of JSON lines."""
     if log:
         return JsonDisplay(total, stream)
+    if _in_notebook():
+        return NotebookDisplay(total, stream)
     if stream.isatty() if live is None else live:
         return LiveDisplay(total, stream)
     return PlainDisplay(total, stream)
+
+
+def _in_notebook() -> bool:
+    """Whether what is printed goes into the cell of a notebook; its stream may claim to be a terminal."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return hasattr(shell, "kernel")
 
 
 class _Progress:
@@ -107,8 +116,29 @@ class _Progress:
         return (self.total - self.completed) / self.rate if self.rate else None
 
 
+class SilentDisplay:
+    """Shows nothing."""
+
+    def __enter__(self) -> SilentDisplay:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def say(self, line: str) -> None:
+        """Say nothing."""
+
+    def update(self, remaining: int, tallies: Iterable[Tally]) -> None:
+        """Show nothing."""
+
+    def note(self, event: str, **facts: Any) -> None:
+        """Record nothing."""
+
+
 class PlainDisplay:
     """A line every few seconds: for logs, pipes and CI."""
+
+    _seconds = PLAIN_SECONDS
 
     def __init__(self, total: int, stream: TextIO) -> None:
         self._progress = _Progress(total)
@@ -130,7 +160,7 @@ class PlainDisplay:
         at = self._progress
         at.update(remaining, tallies)
         now = time.monotonic()
-        if now - self._last < PLAIN_SECONDS:
+        if now - self._last < self._seconds:
             return
         self._last = now
         self._show(at)
@@ -139,11 +169,39 @@ class PlainDisplay:
         """Say nothing: the next line shows it."""
 
     def _show(self, at: _Progress) -> None:
+        self.say(self._line(at))
+
+    def _line(self, at: _Progress) -> str:
         left = f", about {duration(at.seconds_left)} left" if at.seconds_left else ""
-        self.say(
+        return (
             f"{at.completed:,} of {at.total:,} ({100 * at.completed // at.total}%); this run: {at.tally.done:,} done, "
             f"{at.tally.skipped.total():,} skipped, {at.tally.failed.total():,} failed, {at.rate:,.1f}/s{left}"
         )
+
+
+class NotebookDisplay(PlainDisplay):
+    """One line in the cell of a notebook, written over every second: any more would stay there for good."""
+
+    _seconds = 1.0
+
+    def __init__(self, total: int, stream: TextIO) -> None:
+        super().__init__(total, stream)
+        self._shown = 0
+        """Length of the line that is to be written over."""
+
+    def __exit__(self, *_: object) -> None:
+        self._show(self._progress)
+        print(file=self._stream, flush=True)
+
+    def say(self, line: str) -> None:
+        """Print a line, which stays."""
+        print("\r" + line.ljust(self._shown), file=self._stream, flush=True)
+        self._shown = 0
+
+    def _show(self, at: _Progress) -> None:
+        line = self._line(at)
+        print("\r" + line.ljust(self._shown), end="", file=self._stream, flush=True)
+        self._shown = len(line)
 
 
 class JsonDisplay(PlainDisplay):

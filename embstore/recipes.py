@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, text
@@ -24,6 +25,9 @@ from embstore.models.named import Named
 
 _WHERE = ("model_dir", "variant")
 """Options that say where the weights are. One that is given takes the place of any that is kept."""
+
+_PATHS = ("model_dir",)
+"""Options that are paths: what the database keeps must not depend on the folder in which somebody typed it."""
 
 _KEPT = "SELECT family, options FROM embstore.model WHERE name = :name"
 
@@ -55,6 +59,13 @@ class Shown:
     created_at: datetime
     vectors: int
     views: list[str]
+
+
+def with_whole_paths(options: Mapping[str, str]) -> dict[str, str]:
+    """The same options, in which a path is one from the root."""
+    return {
+        name: str(Path(value).expanduser().resolve()) if name in _PATHS else value for name, value in options.items()
+    }
 
 
 def find(connection: Connection, name: str, options: Mapping[str, str], media: str | None = None) -> Named:

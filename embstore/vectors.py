@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import psycopg2.errors
@@ -28,15 +28,22 @@ WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid = to_regclass(:table)
 # The order by the index on the position, then the vectors of a page by their keys: a join would descend the index anew
 # for each of them, and take twice as long.
 _PLACES = """
-SELECT position, item_id FROM embstore.item WHERE dataset_id = {dataset} AND position > {last}
-ORDER BY position LIMIT {size}
+SELECT position, item_id FROM embstore.item WHERE dataset_id = {dataset} AND {by} > {last}
+ORDER BY {by} LIMIT {size}
 """
 _OF_ITEMS = """
 SELECT item_id, embedding FROM embstore.embedding_{id}
 WHERE dataset_id = {dataset} AND model_id = {id} AND item_id {which}
 """
 
+_COUNT = """
+SELECT count(*) FROM embstore.extraction WHERE dataset_id = :dataset_id AND model_id = :model_id AND status = 'done'
+"""
+
 _INT8 = np.dtype(np.int64), None
+
+Order = Literal["position", "item_id"]
+ORDERS: tuple[Order, ...] = get_args(Order)
 
 
 def view_name(model: str) -> str:
@@ -120,12 +127,21 @@ def _keys(queue: Queue, item_ids: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
     }
 
 
+class Vectors(NamedTuple):
+    """Vectors and whose they are, in the same order."""
+
+    ids: NDArray[np.int64]
+    """int64 [n]: `item_id`, as the views have it."""
+    vectors: NDArray[np.float32]
+    """float32 [n, dim]."""
+
+
 @dataclass(frozen=True)
 class Page:
     """Vectors in the order of a dataset."""
 
     positions: NDArray[np.int64]
-    """int64 [n], rising."""
+    """int64 [n], rising if that is the order."""
     item_ids: NDArray[np.int64]
     """int64 [n]."""
     vectors: NDArray[np.float32]
@@ -137,23 +153,35 @@ def page_size(dim: int) -> int:
     return max(100, min(20_000, 5_000_000 // dim))
 
 
+def count(connection: Connection, dataset_id: int, model_id: int) -> int:
+    """How many vectors a dataset has by a model: as many as extractions are done, which takes less to count."""
+    scope = {"dataset_id": dataset_id, "model_id": model_id}
+    return int(connection.execute(text(_COUNT), scope).scalar_one())
+
+
 def ordered(
-    connection: Connection, dataset_id: int, model_id: int, dim: int, *, size: int | None = None
+    connection: Connection,
+    dataset_id: int,
+    model_id: int,
+    dim: int,
+    *,
+    size: int | None = None,
+    by: Order = "position",
 ) -> Generator[Page]:
-    """A dataset's vectors by position, those of `size` positions at a time; items without a vector are left out.
+    """A dataset's vectors in order, those of `size` items at a time; items without a vector are left out.
 
     Let the caller's transaction be REPEATABLE READ, so that all pages are of one state.
     """
     last, size = -1, size or page_size(dim)
     columns: dict[str, Column] = {"position": _INT8, "item_id": _INT8}
     while True:
-        places = read_rows(connection, _PLACES.format(dataset=dataset_id, last=last, size=size), columns)
+        places = read_rows(connection, _PLACES.format(dataset=dataset_id, by=by, last=last, size=size), columns)
         there, vectors = of_items(connection, dataset_id, model_id, dim, places["item_id"])
         if there.any():
             yield Page(places["position"][there], places["item_id"][there], vectors)
         if len(there) < size:
             return
-        last = int(places["position"][-1])
+        last = int(places[by][-1])
 
 
 def of_items(
@@ -178,3 +206,19 @@ def _which(item_ids: NDArray[np.int64]) -> str:
     if len(item_ids) and (high := int(item_ids.max())) - (low := int(item_ids.min())) < 1.2 * len(item_ids):
         return f"BETWEEN {low} AND {high}"
     return f"= ANY (CAST('{{{','.join(map(str, item_ids.tolist()))}}}' AS bigint[]))"
+
+
+def of_each(
+    connection: Connection, dataset_id: int, model_id: int, dim: int, item_ids: NDArray[np.int64]
+) -> NDArray[np.float32]:
+    """The vectors of these items in that order, float32 [n, dim]. Raises UsageError if one has none, or comes twice."""
+    if len(np.unique(item_ids)) < len(item_ids):
+        raise UsageError("an item is named twice among the ids: give each once")
+    found, size = np.empty((len(item_ids), dim), np.float32), page_size(dim)
+    for start in range(0, len(item_ids), size):
+        page = item_ids[start : start + size]
+        there, read = of_items(connection, dataset_id, model_id, dim, page)
+        if not there.all():
+            raise UsageError(f"item {page[~there][0]} is none of the dataset, or has no vector by the model")
+        found[start : start + size] = read
+    return found

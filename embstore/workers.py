@@ -8,7 +8,8 @@
 Children ignore Ctrl+C and the end of a terminal, which it sends to all of them: the parent tells them. They die with
 their parent, even a killed one, as its end of the pipe closes.
 
-A child is a new interpreter, or a fork of a helper process that has imported what it needs: see `prepare`.
+A child is a new interpreter, or a fork of a helper process that has imported what it needs: see `prepare`. Neither
+runs the program's main script again, so a script needs no `if __name__ == "__main__"`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from dataclasses import dataclass
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess, SpawnProcess
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Any
 
 from embstore.errors import EmbstoreError, LeaseLost, WorkerError
@@ -100,6 +101,11 @@ def _child(target: Callable[[Channel, Any], None], pipe: Connection, job: Any) -
     else:
         if channel.stopping.is_set() and not channel.dismissed:
             sys.exit(_TERMINATED)  # there may be work left, so the parent fills the place again
+
+
+def count_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def prepare(*modules: str) -> None:
@@ -188,7 +194,7 @@ class Crew:
         process = context.Process(
             target=_child, args=(self._target, theirs, self._jobs[index]), name=f"worker-{index}", daemon=True
         )
-        with _signals_blocked(), _environment(self._environ):
+        with _signals_blocked(), _environment(self._environ), _without_main():
             process.start()
         theirs.close()
         self._workers[index] = _Worker(index, process, ours)
@@ -269,7 +275,10 @@ class Crew:
 
     @contextlib.contextmanager
     def _signals_handled(self) -> Iterator[None]:
-        """First Ctrl+C, SIGTERM or end of the terminal: drain. Second: leave at once."""
+        """First Ctrl+C, SIGTERM or end of the terminal: drain. Second: leave at once. In another thread: neither."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # only the main thread hears signals
+            return
 
         def count(number: int, _frame: FrameType | None) -> None:
             if number == signal.SIGHUP:
@@ -309,6 +318,20 @@ def _forget_closed_terminal() -> None:
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, descriptor)
                 os.close(nowhere)
+
+
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    """Let a child not run the main script, from which it needs nothing: multiprocessing asks this module what it is.
+
+    A script that calls embstore outside `if __name__ == "__main__"` would start the same run in each of its workers.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 @contextlib.contextmanager

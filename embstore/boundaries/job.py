@@ -29,8 +29,8 @@ from embstore.errors import DatabaseError
 from embstore.progress import Display, Tally
 from embstore.queue import Queue, Refusal
 from embstore.settings import Settings
-from embstore.supervise import Committed, Leased, Outcome, Run, Share
-from embstore.workers import Channel
+from embstore.supervise import PARENT_CONNECTIONS, Committed, Leased, Outcome, Run, Share, check_connections
+from embstore.workers import Channel, count_cores
 
 Method = Literal["auto", "cosine", "gmm"]
 
@@ -98,6 +98,14 @@ class Job:
 def boundary_queue(dataset_id: int, model_id: int) -> Queue:
     """The queue of one dataset's boundary runs for one model."""
     return Queue("embstore.boundary_run", "boundary_run_id", {"dataset_id": dataset_id, "model_id": model_id})
+
+
+def count_workers(settings: Settings, datasets: int) -> int:
+    """How many workers to start for so many datasets. Raises UsageError if more connections are needed than allowed."""
+    most = (settings.db_max_connections - PARENT_CONNECTIONS) // CONNECTIONS
+    number = min(settings.embedding_workers or min(count_cores(), most), datasets)
+    check_connections(settings, number, CONNECTIONS)
+    return number
 
 
 def detect(

@@ -15,7 +15,7 @@ from sqlalchemy import Connection, text
 from embstore.boundaries.result import Boundary, Result
 from embstore.boundaries.voices import same_voices
 from embstore.db.copy import read_rows
-from embstore.errors import UsageError
+from embstore.errors import EmbstoreError, UsageError
 
 _SUMMARY = """
 SELECT r.boundary_run_id AS run, r.dataset_id, d.name AS dataset, r.method, r.items, r.embedded,
@@ -29,6 +29,11 @@ FROM embstore.boundary_run r JOIN embstore.dataset d USING (dataset_id)
 WHERE r.boundary_run_id = :run AND r.status = 'done'
 """
 _ENDED = "SELECT status, error FROM embstore.boundary_run WHERE boundary_run_id = :run"
+_NEWEST = """
+SELECT max(boundary_run_id) FROM embstore.boundary_run
+WHERE status = 'done' AND (CAST(:dataset_id AS integer) IS NULL OR dataset_id = :dataset_id)
+    AND (CAST(:model_id AS smallint) IS NULL OR model_id = :model_id)
+"""
 _BOUNDARIES = """
 SELECT position, score, confidence FROM embstore.boundary WHERE boundary_run_id = :run ORDER BY position
 """
@@ -113,10 +118,38 @@ class FoundRun:
     items: int
 
 
+@dataclass(frozen=True)
+class Boundaries:
+    """A finished boundary run: what the method found, and in what."""
+
+    run: int
+    dataset: str
+    items: int
+    """Positions of the dataset at that time."""
+    embedded: int
+    """Positions that had a vector."""
+    result: Result
+
+    @property
+    def positions(self) -> list[int]:
+        """The positions at which another speaker begins, rising."""
+        return [boundary.position for boundary in self.result.boundaries]
+
+
 def ended(connection: Connection, run: int) -> tuple[str, str | None]:
-    """A run's status, and why it failed."""
-    status, error = connection.execute(text(_ENDED), {"run": run}).one()
-    return status, error
+    """A run's status, and why it failed. Raises UsageError for a run that is not there."""
+    row = connection.execute(text(_ENDED), {"run": run}).one_or_none()
+    if row is None:
+        raise UsageError(f"no boundary run {run}: {_LIST_RUNS}")
+    return row.status, row.error
+
+
+def newest(connection: Connection, dataset_id: int | None, model_id: int | None) -> int:
+    """The newest finished run, of a dataset and a model if these are given. Raises UsageError for none."""
+    run = connection.execute(text(_NEWEST), {"dataset_id": dataset_id, "model_id": model_id}).scalar()
+    if run is None:
+        raise UsageError("there is no finished boundary run: type 'embstore boundaries' first")
+    return int(run)
 
 
 def summary(connection: Connection, run: int) -> dict[str, Any]:
@@ -149,6 +182,15 @@ def result(connection: Connection, run: int) -> Result:
         known["trace"],
         known["expected"],
     )
+
+
+def read(connection: Connection, run: int) -> Boundaries:
+    """A finished run, with what it was made in. Raises UsageError for none, EmbstoreError for one that failed."""
+    status, error = ended(connection, run)
+    if status == "failed":
+        raise EmbstoreError(f"boundary run {run} failed: {error}")
+    known = summary(connection, run)
+    return Boundaries(run, known["dataset"], known["items"], known["embedded"], result(connection, run))
 
 
 def files(connection: Connection, run: int) -> Iterator[tuple[int, Path]]:

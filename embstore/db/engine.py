@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 import time
@@ -10,7 +11,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 import psycopg2
-from sqlalchemy import Connection, Engine, create_engine, text
+from sqlalchemy import Connection, Engine, create_engine, exc, text
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import DBAPIError
 
@@ -45,7 +46,10 @@ _REFUSES = re.compile(
 
 
 class Database:
-    """A pool of at most `pool_size` connections to the server that the settings name, or to the embedded one."""
+    """A pool of at most `pool_size` connections to the server that the settings name, or to the embedded one.
+
+    A forked child makes connections of its own, and leaves those of its parent alone.
+    """
 
     def __init__(self, settings: Settings, *, pool_size: int = 1, patience: float = PATIENCE) -> None:
         self._settings = settings
@@ -53,6 +57,7 @@ class Database:
         self._pool_size = pool_size
         self._engine: Engine | None = None
         self._making = threading.Lock()
+        self._process = os.getpid()
 
     @property
     def embedded(self) -> bool:
@@ -79,6 +84,18 @@ class Database:
                 yield connection
         except (DBAPIError, psycopg2.Error) as error:
             raise self._translate(error) from error
+        except exc.TimeoutError as error:
+            raise DatabaseError(
+                f"all {self._pool_size} connections are in use by this process: finish reading what is open, or set"
+                " DB_MAX_CONNECTIONS higher"
+            ) from error
+
+    @contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """One read-only transaction that sees one state of the database throughout."""
+        with self.begin() as connection:
+            connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+            yield connection
 
     @contextmanager
     def autocommit(self) -> Iterator[Connection]:
@@ -110,12 +127,23 @@ class Database:
 
     def close(self) -> None:
         """Close all connections; the next use opens new ones."""
+        self._note_fork()
         with self._making:
             engine, self._engine = self._engine, None
         if engine is not None:
             engine.dispose()
 
+    def _note_fork(self) -> None:
+        """In a forked child: forget the parent's connections, without a word on them, and its lock."""
+        if self._process == os.getpid():
+            return
+        self._process, self._making = os.getpid(), threading.Lock()
+        if self._engine is not None:
+            self._engine.dispose(close=False)
+            self._engine = None
+
     def _get_engine(self) -> Engine:
+        self._note_fork()
         with self._making:  # two pools would be twice the connections
             if self._engine is None:
                 self._engine = create_engine(

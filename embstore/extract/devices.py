@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from embstore.errors import UsageError
 from embstore.extract.tuning import UNTUNED, Tuning
+from embstore.workers import count_cores
 
 MAX_DECODERS = 16
 """Decoding threads a worker: more of them wait for Python's lock, not for files."""
@@ -53,11 +53,6 @@ def plan(workers: int | None, gpus: str | None, tuning: Tuning = UNTUNED) -> Pla
     share = max(1, count_cores() // number)
     decoders, threads = tuning.decoders or min(share, MAX_DECODERS), tuning.threads or share
     return Plan(devices, decoders, threads, tuning)
-
-
-def count_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def count_gpus() -> int:

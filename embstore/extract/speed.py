@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from embstore.extract.devices import Plan, count_cores
+from embstore.extract.devices import Plan
 from embstore.models.base import Media, Recipe
 from embstore.models.named import Named
 from embstore.supervise import Outcome
 from embstore.waits import CAUSES, Cause, Waits
+from embstore.workers import count_cores
 
 _SHORTEST = 1.0
 """Seconds of work, all workers together, of which something can be said."""

@@ -178,7 +178,7 @@ def export_embeddings(
     if form == "pkl":
         contested = frozenset(connection.execute(text(_CONTESTED), values).scalars())
         table = replace(table, contested=contested, counts=_counts(connection, values, rows))
-    return _write(folder, form, table, _embeddings(connection, dataset, model), force, begin)
+    return _write(folder, form, table, embedding_batches(connection, dataset, model), force, begin)
 
 
 def _facts(connection: Connection, model: StoredModel) -> Facts:
@@ -200,12 +200,16 @@ def _counts(connection: Connection, values: dict[str, int], done: int) -> dict[s
     }
 
 
-def _embeddings(connection: Connection, dataset: Dataset, model: StoredModel) -> Generator[Batch]:
+def embedding_batches(connection: Connection, dataset: Dataset, model: StoredModel) -> Generator[Batch]:
+    """All vectors of a dataset in its order, with what is known of their items: the columns of a table, and `item_id`.
+
+    Let the caller's transaction be REPEATABLE READ.
+    """
     size, last = vectors.page_size(model.dim), -1
     while True:
         page = {"dataset": dataset.dataset_id, "last": last, "size": size}
         numbers = read_rows(connection, _ITEMS.format(columns=_NUMBERS, **page), _NUMBER_COLUMNS)
-        item_ids = numbers.pop("item_id")
+        item_ids = numbers["item_id"]
         if not len(item_ids):
             return
         there, matrix = vectors.of_items(connection, dataset.dataset_id, model.model_id, model.dim, item_ids)

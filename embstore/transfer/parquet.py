@@ -5,7 +5,7 @@ Pages carry checksums, which are looked at when a file is read: a bit that has c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,24 +23,21 @@ _LEVEL = 1
 """Of zstd: vectors hardly shrink, and a higher one takes longer than to read them from the database."""
 
 
-def pyarrow() -> tuple[Any, Any]:
-    """The package, which is optional. Raises UsageError."""
+def pyarrow(what: str = "--format parquet", otherwise: str = ", or use --format npz") -> tuple[Any, Any]:
+    """The package, which is optional; `what` needs it, and `otherwise` says what does not. Raises UsageError."""
     try:
         import pyarrow
         import pyarrow.compute
         import pyarrow.parquet
     except ImportError:
-        raise UsageError("--format parquet needs pyarrow: type 'pip install pyarrow', or use --format npz") from None
+        raise UsageError(f"{what} needs pyarrow: type 'pip install pyarrow'{otherwise}") from None
     return pyarrow, pyarrow.parquet
 
 
 def write(folder: Path, table: Table) -> Path:
     """Write `KIND.parquet` into the folder; returns its path."""
     arrow, parquet = pyarrow()
-    types = _types(arrow, table.dim)
-    schema = arrow.schema(
-        [(field.name, types[field.type]) for field in table.fields], metadata={_FACTS: table.facts.to_json()}
-    )
+    schema = _schema(arrow, table.fields, table.dim).with_metadata({_FACTS: table.facts.to_json()})
     texts = [field.name for field in table.fields if field.type == "text"]
     options = {
         "compression": "zstd",
@@ -52,9 +49,25 @@ def write(folder: Path, table: Table) -> Path:
     path = folder / f"{table.facts.kind}.parquet"
     with whole(path) as file, parquet.ParquetWriter(file, schema, **options) as writer:
         for batch in table.batches:
-            columns = [_to_arrow(arrow, batch[field.name], types[field.type], field) for field in table.fields]
-            writer.write_batch(arrow.record_batch(columns, schema=schema))
+            writer.write_batch(_record_batch(arrow, batch, table.fields, schema))
     return path
+
+
+def to_arrow(batches: Iterable[Batch], fields: Sequence[Field], dim: int) -> Any:
+    """A `pyarrow.Table` of these columns, a chunk a batch, without a copy of the vectors. Raises UsageError."""
+    arrow, _ = pyarrow("an Arrow table", "")
+    schema = _schema(arrow, fields, dim)
+    return arrow.Table.from_batches([_record_batch(arrow, batch, fields, schema) for batch in batches], schema)
+
+
+def _schema(arrow: Any, fields: Sequence[Field], dim: int) -> Any:
+    types = _types(arrow, dim)
+    return arrow.schema([(field.name, types[field.type]) for field in fields])
+
+
+def _record_batch(arrow: Any, batch: Batch, fields: Sequence[Field], schema: Any) -> Any:
+    columns = [_to_arrow(arrow, batch[field.name], schema.field(field.name).type, field) for field in fields]
+    return arrow.record_batch(columns, schema=schema)
 
 
 def _types(arrow: Any, dim: int) -> dict[str, Any]:

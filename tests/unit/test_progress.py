@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import random
 import re
+import sys
 from collections import Counter
 
 import pytest
@@ -194,3 +195,24 @@ def test_the_summary_names_every_reason_with_its_number() -> None:
 )
 def test_a_duration_is_said_as_people_say_it(seconds: float, words: str) -> None:
     assert duration(seconds) == words
+
+
+def test_a_notebook_shows_one_line_that_is_written_over(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Shell:
+        kernel = object()
+
+    ipython = type(sys)("IPython")
+    ipython.get_ipython = Shell  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
+    out = Terminal()  # as the streams of a notebook say of themselves
+    with display(20, out) as shown:
+        shown.update(20, [tally()])
+        for done in (5, 6, 12):
+            clock.now += 0.7
+            shown.update(20 - done, [tally(done)])
+        shown.say("finishing what is on the devices")
+        shown.update(0, [tally(20)])
+    pieces = out.getvalue().split("\r")
+    assert [piece.split(" of ")[0].strip() for piece in pieces] == ["", "6", "finishing what is on the devices", "20"]
+    assert [piece.count("\n") for piece in pieces] == [0, 0, 1, 1]
+    assert len(pieces[2]) > len(pieces[1])  # nothing of the line is left behind
