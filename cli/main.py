@@ -59,6 +59,12 @@ COMMANDS = {
     "retry": Entry("query", "retry", "Make failed items pending again."),
     "datasets": Entry("query", "datasets", "List the datasets."),
     "models": Entry("models", "models", "List the models, stored and available; keep a recipe under a name."),
+    "rm": Entry("remove", "rm", "Remove a dataset, a model or items, with all that was computed from them."),
+    "forget": Entry(
+        "forget",
+        "forget",
+        "Remove a person from all datasets: items, vectors, faces, centroids, boundary labels; and prove it.",
+    ),
     "share": Entry("share", "share", "Let another team see DATASET, with its vectors, centroids and boundaries."),
     "unshare": Entry("share", "unshare", "Take DATASET away from a team again; its next query finds nothing of it."),
     "give": Entry("share", "give", "Make DATASET another team's; for the owner of the database."),

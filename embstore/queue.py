@@ -120,6 +120,16 @@ WHERE {scope} AND status = ANY (:statuses) AND (CAST(:codes AS text[]) IS NULL O
 """
 
 
+_QUEUES = {
+    "extract": "embstore.extraction",
+    "centroids": "embstore.centroid",
+    "boundaries": "embstore.boundary_run",
+}
+_AT_WORK = """
+SELECT EXISTS (SELECT FROM {table} WHERE {scope} AND status = 'running' AND embstore.is_alive(claim_token))
+"""
+
+
 @dataclass(frozen=True)
 class Refusal:
     """Why a row ends without a result."""
@@ -145,6 +155,16 @@ def renew_lease(connection: Connection, token: int, seconds: float = LEASE_SECON
 def end_lease(connection: Connection, token: int) -> None:
     """End a lease, one's own or a dead worker's: what it still has claimed can be rescued at once."""
     connection.execute(text("DELETE FROM embstore.lease WHERE token = :token"), {"token": token})
+
+
+def at_work(connection: Connection, scope: Scope) -> list[str]:
+    """The commands whose workers are at a row of these datasets and models now; rows of dead ones do not count."""
+    condition = " AND ".join(f"{name} = :{name}" for name in scope)
+    return [
+        command
+        for command, table in _QUEUES.items()
+        if connection.execute(text(_AT_WORK.format(table=table, scope=condition)), scope).scalar_one()
+    ]
 
 
 class Queue:

@@ -22,6 +22,7 @@ from embstore.db.engine import set_local
 from embstore.errors import EmbstoreError, ModelError, UsageError
 from embstore.models import registry
 from embstore.models.named import Named
+from embstore.queue import at_work
 
 _WHERE = ("model_dir", "variant")
 """Options that say where the weights are. One that is given takes the place of any that is kept."""
@@ -37,11 +38,6 @@ SELECT m.name, m.family, m.options, m.media, m.dim, m.fingerprint, m.settings, m
 FROM embstore.model m WHERE m.name = :name
 """
 
-# Rows of workers that are gone do not count.
-_IN_USE = """
-SELECT EXISTS (SELECT FROM embstore.extraction e JOIN embstore.lease l ON l.token = e.claim_token
-    WHERE e.model_id = :model_id AND e.status = 'running' AND l.expires_at > clock_timestamp())
-"""
 _LOCK_SECONDS = 10
 
 
@@ -165,7 +161,7 @@ def remove(connection: Connection, name: str, *, with_vectors: bool) -> int:
             " that was computed from them"
         )
     model_id = catalog.get_model(connection, name).model_id
-    if connection.execute(text(_IN_USE), {"model_id": model_id}).scalar_one():
+    if at_work(connection, {"model_id": model_id}):
         raise UsageError(f"a run is using model '{name}': stop it first")
     # The partition goes first: afterwards there is no vector left that the deletion of its extraction would delete.
     set_local(connection, "lock_timeout", f"{_LOCK_SECONDS}s")

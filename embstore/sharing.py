@@ -202,7 +202,7 @@ def teams(connection: Connection) -> list[Team]:
 def share(connection: Connection, dataset_id: int, dataset: str, team: str, *, writing: bool) -> None:
     """Let a team read a dataset, or also write to it; what it was allowed before is replaced. Raises UsageError."""
     require_team(connection, team)
-    owner = _require_own(connection, dataset_id, dataset)
+    owner = require_own(connection, dataset_id, dataset)
     if team == owner:
         raise UsageError(f"dataset '{dataset}' belongs to team '{team}', which reads and writes it anyway")
     connection.execute(text(_SHARE), {"dataset_id": dataset_id, "team": team, "can_write": writing})
@@ -211,7 +211,7 @@ def share(connection: Connection, dataset_id: int, dataset: str, team: str, *, w
 def unshare(connection: Connection, dataset_id: int, dataset: str, team: str) -> None:
     """Take a dataset away from a team; its next query finds nothing of it. Raises UsageError."""
     require_team(connection, team)
-    owner = _require_own(connection, dataset_id, dataset)
+    owner = require_own(connection, dataset_id, dataset)
     if team == owner:
         raise UsageError(f"dataset '{dataset}' belongs to team '{team}': 'embstore give' would make it another one's")
     if not connection.execute(text(_UNSHARE), {"dataset_id": dataset_id, "team": team}).rowcount:
@@ -243,14 +243,14 @@ def give(connection: Connection, dataset_id: int, dataset: str, team: str | None
     )
 
 
-def _require_own(connection: Connection, dataset_id: int, dataset: str) -> str | None:
-    """The dataset's team. Raises UsageError for those who may not share it."""
+def require_own(connection: Connection, dataset_id: int, dataset: str, deed: str = "shared") -> str | None:
+    """The dataset's team. Raises UsageError for those whose it is not, and who want it `shared`."""
     identity = identify(connection)
     owner = connection.execute(text(_OWNING_TEAM), {"dataset_id": dataset_id}).scalar()
     if identity.kind == "owner" or (identity.kind == "writer" and owner in identity.teams):
         return owner
     whose = f"the writers of team '{owner}'" if owner else "the owner of the database"
-    raise UsageError(f"dataset '{dataset}' can be shared by {whose} alone, and '{identity.role}' is none of them")
+    raise UsageError(f"dataset '{dataset}' can be {deed} by {whose} alone, and '{identity.role}' is none of them")
 
 
 def shares(connection: Connection, dataset_id: int | None = None) -> list[Share]:
