@@ -156,12 +156,14 @@ class _Speaker:
     def line(self, words: str) -> None:
         print(words, file=self.out, flush=True)
 
-    def start(self, database: Database, dry_run: bool, origin: Origin, counts: Counts) -> None:
+    def start(self, database: Database, dry_run: bool, origin: Origin, counts: Counts, is_new: bool) -> None:
         new = counts.imported + counts.replaced
+        if not new:
+            self.line(f"nothing to import: all of them are in dataset '{origin.dataset}' by {origin.model.name}")
+            return
         begin = "would import" if dry_run else "importing"
-        self.line(
-            f"{begin} {plural(new, 'vector')} by {origin.model.name} into dataset '{origin.dataset}' ({origin.root})"
-        )
+        model = f"{origin.model.name}, a new model," if is_new else origin.model.name
+        self.line(f"{begin} {plural(new, 'vector')} by {model} into dataset '{origin.dataset}' ({origin.root})")
         with database.begin() as connection:
             model_id = catalog.stored_model(connection, origin.model.name, origin.model.fingerprint())
             costs = None if model_id is None else indexes.loading(connection, model_id, new)

@@ -81,7 +81,7 @@ def _find(connection: Connection, name: str, options: Mapping[str, str]) -> Name
         if kept is not None and name.partition(":")[0] not in registry.available():
             raise ModelError(
                 f"model '{name}' was imported with its vectors, and what it is made of is not known: nothing can be"
-                f" embedded by it until 'embstore models add {name} --family …' says so"
+                f" embedded by it, unless 'embstore models add {name} --family …' finds the same weights"
             )
         return _installed(connection, name, options)
     moved = not options.keys().isdisjoint(_WHERE)

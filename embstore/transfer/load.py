@@ -107,22 +107,23 @@ def import_embeddings(
     options: Options,
     *,
     begin: Begin = silent,
-    started: Callable[[Origin, Counts], None] = lambda _origin, _counts: None,
+    started: Callable[[Origin, Counts, bool], None] = lambda _origin, _counts, _is_new: None,
     parameters: dict[str, Any] | None = None,
 ) -> Outcome:
-    """Import what was opened; `started` is told what is about to be done.
+    """Import what was opened; `started` is told what is about to be done, and whether the model is new.
 
     Raises UsageError and ModelError if the table may not come in: nothing was changed then.
     """
     start = time.monotonic()
     with database.begin() as connection:
         found = origin.find(connection, reader, wanted)
-        there = _there(connection, found)
+        model_id = catalog.stored_model(connection, found.model.name, found.model.fingerprint())
+    there = _there(found, model_id)
     outcome = Outcome(found.dataset, found.model.name)
     refused = _Refused(options.skip_bad)
     counts = _survey(database, reader, found, there, options, refused, begin)
     outcome.refused, outcome.spots = refused.count, refused.spots
-    started(found, counts)
+    started(found, counts, model_id is None)
     if options.dry_run:
         outcome.counts = counts
     else:
@@ -131,9 +132,8 @@ def import_embeddings(
     return outcome
 
 
-def _there(connection: Connection, found: Origin) -> Place | None:
+def _there(found: Origin, model_id: int | None) -> Place | None:
     """Where the vectors go, if both the dataset and the model are there already."""
-    model_id = catalog.stored_model(connection, found.model.name, found.model.fingerprint())
     if found.there is None or model_id is None:
         return None
     return Place(found.there.dataset_id, model_id, found.model.dim, found.dataset)
@@ -183,27 +183,13 @@ def _bring_in(
 ) -> None:
     with database.begin() as connection:
         place = _make_place(connection, found)
-        is_empty = not connection.execute(text(_ANY), {"dataset_id": place.dataset_id}).scalar_one()
         run = catalog.start_run(connection, "import", place.dataset_id, place.model_id, parameters)
     status = "failed"
     try:
-        with (
-            begin("importing", expected.all) as tick,
-            ahead(_parts(reader, found)) as parts,
-        ):
-            for part in parts:
-                work = partial(
-                    take_in,
-                    place=place,
-                    part=part,
-                    where=reader.where,
-                    replace=options.replace,
-                    alone=outcome.counts.imported if is_empty else None,
-                )
-                outcome.counts.add(database.patiently(work))
-                tick(len(part))
-        if outcome.counts.all != expected.all:
-            raise UsageError("the file has changed since it was checked: type the command again")
+        if expected.imported or expected.replaced:
+            _take_all(database, reader, found, place, expected, options, outcome.counts, begin)
+        else:
+            outcome.counts = expected
         status = "done"
     except KeyboardInterrupt:
         status = "interrupted"
@@ -212,6 +198,35 @@ def _bring_in(
         # If the database is what ended it, that error is the one to show.
         with suppress(DatabaseError), database.begin() as connection:
             catalog.end_run(connection, run, place.dataset_id, status, outcome.as_dict())
+
+
+def _take_all(
+    database: Database,
+    reader: Reader,
+    found: Origin,
+    place: Place,
+    expected: Counts,
+    options: Options,
+    counts: Counts,
+    begin: Begin,
+) -> None:
+    """Bring in part after part, and count them."""
+    with database.begin() as connection:
+        is_empty = not connection.execute(text(_ANY), {"dataset_id": place.dataset_id}).scalar_one()
+    with begin("importing", expected.all) as tick, ahead(_parts(reader, found)) as parts:
+        for part in parts:
+            work = partial(
+                take_in,
+                place=place,
+                part=part,
+                where=reader.where,
+                replace=options.replace,
+                alone=counts.imported if is_empty else None,
+            )
+            counts.add(database.patiently(work))
+            tick(len(part))
+    if counts.all != expected.all:
+        raise UsageError("the file has changed since it was checked: type the command again")
 
 
 def _parts(reader: Reader, found: Origin) -> Generator[Part]:

@@ -67,7 +67,7 @@ def test_there_and_back_bit_for_bit(
     out = written(cli, form, tmp_path / "out")
     result = typed("import", "embeddings", str(out), "--model", "wide v2")
     assert result.exit_code == 0, result.output
-    assert "importing 6 vectors by wide v2 into dataset 'odd' (/data/odd)" in result.stdout
+    assert "importing 6 vectors by wide v2, a new model, into dataset 'odd' (/data/odd)" in result.stdout
     assert "  imported     6\n" in result.stdout
     before = ask(odd, ROWS)
     assert [bytes.fromhex(row[4])[4:] for row in before] == [row.astype(">f4").tobytes() for row in MATRIX]
