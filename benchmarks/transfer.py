@@ -52,6 +52,7 @@ CREATE TABLE IF NOT EXISTS bare (dataset_id integer, model_id smallint, item_id 
 ALTER TABLE bare ALTER COLUMN embedding SET STORAGE PLAIN
 """
 _FILLED = "SELECT count(*) FROM embstore.item i JOIN embstore.dataset d USING (dataset_id) WHERE d.name = 'bench'"
+_DELETE = "DELETE FROM embstore.dataset WHERE name <> :name"
 _COPY = "COPY bare (dataset_id, model_id, item_id, embedding) FROM STDIN (FORMAT BINARY)"
 
 
@@ -79,13 +80,14 @@ class Bench:
         self._raw: Any = psycopg2.connect(
             host=str(Home.at(settings.home).socket), port=PORT, user=ROLE, dbname=DATABASE
         )
-        self._turn = 0
 
     def fill(self) -> None:
         """Bring the vectors in, unless a run before this one has."""
         with self._database.begin() as connection:
-            if connection.execute(text(_FILLED)).scalar_one() == self._items:
-                return
+            is_filled = connection.execute(text(_FILLED)).scalar_one() == self._items
+        if is_filled:
+            self._clear()
+            return
         path = self._folder / "foreign.npz"
         names = np.array([f"speaker-{i // SPEAKER:05}/{i:08}.wav" for i in range(self._items)])
         speakers = np.array([f"speaker-{i // SPEAKER:05}" for i in range(self._items)])
@@ -129,6 +131,7 @@ class Bench:
 
     def bare_write(self) -> float:
         """Seconds of a COPY into a table without anything."""
+        self._clear()
         matrix = _matrix(self._items)
         taken = seconds(lambda: self._write(matrix))
         with self._database.autocommit() as connection:
@@ -149,18 +152,20 @@ class Bench:
         self._raw.commit()
 
     def bring_in(self, form: Format) -> float:
-        """Seconds of an import into a new dataset, which is removed again."""
+        """Seconds of an import into a new dataset."""
         path = self._folder / "out" / f"embeddings.{form}"
         if not path.exists():
             self.export(form)
-        self._turn += 1
-        name = f"{NAME} {self._turn}"
-        taken = seconds(lambda: self._import(path, name, None))
+        taken = seconds(lambda: self._import(path, f"{NAME} {form}", None))
         with self._database.autocommit() as connection:
-            connection.execute(text("DELETE FROM embstore.dataset WHERE name = :name"), {"name": name})
-            connection.execute(text("VACUUM embstore.embedding, embstore.item, embstore.extraction"))
             connection.execute(text("CHECKPOINT"))
         return taken
+
+    def _clear(self) -> None:
+        """Remove what earlier turns have imported."""
+        with self._database.autocommit() as connection:
+            if connection.execute(text(_DELETE), {"name": NAME}).rowcount:
+                connection.execute(text("VACUUM embstore.embedding, embstore.item, embstore.extraction"))
 
     def _import(self, path: Path, dataset: str, model: str | None) -> None:
         wanted = Wanted(dataset, model, Path("/data/bench"))
