@@ -57,6 +57,8 @@ def measure(method: str, items: int, segment: float) -> None:
         pass
     making = time.perf_counter() - begin
     held = [window[1] for window in windows(items, segment, [])] if method in METHODS[2:] else []
+    if held:
+        importlib.import_module("ruptures")  # Its import takes seconds, which are not the method's.
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     begin = time.perf_counter()
     found = with_ruptures(method, np.concatenate(held)) if held else places(method, items, segment)
