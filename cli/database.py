@@ -14,10 +14,11 @@ import numpy as np
 from sqlalchemy import Connection, text
 
 from embstore import sharing
-from embstore.db import embedded, migrate
+from embstore.db import embedded, migrate, network
 from embstore.db.address import masked, password_of
 from embstore.db.copy import copy_rows
 from embstore.db.engine import Database
+from embstore.db.home import Home
 from embstore.db.migrate import inspect, require_ready
 from embstore.db.schema import HEAD, MINIMUM_PGVECTOR, MINIMUM_SERVER
 from embstore.errors import DatabaseError, EmbstoreError, UsageError
@@ -41,12 +42,36 @@ def db() -> None:
 
 
 @db.command()
+@click.option(
+    "--listen", "where", metavar="HOST:PORT", help="Let logins with a password connect here too; off: no more."
+)
+@click.option("--unencrypted", is_flag=True, help="Listen even where other machines connect, without TLS.")
+@click.option("--force", is_flag=True, help="Start it anew for --listen even if it is in use.")
 @pass_settings
-def up(settings: Settings) -> None:
-    """Start the embedded server and keep it running."""
+def up(where: str | None, unencrypted: bool, force: bool, settings: Settings) -> None:
+    """Start the embedded server and keep it running.
+
+    It can be reached by its socket, by you alone. With --listen it is remembered that logins, which 'embstore team'
+    makes, reach it by TCP too.
+
+    \b
+      embstore db up
+      embstore db up --listen 127.0.0.1:5433
+      embstore db up --listen off
+    """
     _require_embedded(settings, "start it where it runs")
+    if where is not None:
+        address = None if where.strip().lower() == "off" else network.parse(where)
+        if address is not None and not address.is_loopback and not unencrypted:
+            raise UsageError(
+                f"other machines reach {address}, and the embedded server knows no TLS: listen on "
+                f"127.0.0.1:{address.port} and let them come through ssh -L, or add --unencrypted"
+            )
+        embedded.listen(settings.home, address, force=force)
     with _kept_up(settings) as database:
         click.echo(f"{database} is running and stays up: 'embstore db down' stops it")
+    if (remembered := network.recall(Home.at(settings.home))) is not None:
+        click.echo(f"it {_network(remembered)}: {remembered.url}")
 
 
 @db.command()
@@ -63,15 +88,18 @@ def down(force: bool, settings: Settings) -> None:
 @pass_settings
 def status(settings: Settings) -> None:
     """Show where the database is and whether it is ready; starts nothing."""
+    facts = {}
     if settings.database_url is None:
         server = embedded.status(settings.home)
+        facts["network"] = _network(server.listens)
         if not server.running:
             state = (
                 "stopped: the next command starts it"
                 if server.initialised
                 else "not made yet: the next command does it"
             )
-            write_pairs({"database": f"the embedded server in '{settings.home}'", "state": state}, sys.stdout)
+            facts["network"] = _network(network.recall(Home.at(settings.home)))
+            write_pairs({"database": f"the embedded server in '{settings.home}'", **facts, "state": state}, sys.stdout)
             return
     with opened(settings) as database:
         with database.begin() as connection:
@@ -87,6 +115,7 @@ def status(settings: Settings) -> None:
         "pgvector": found.pgvector or "not installed",
         "revision": f"{found.revision or 'none'} (this embstore: {HEAD})",
         "size": size,
+        **facts,
         "state": state,
     }
     write_pairs(pairs, sys.stdout)
@@ -197,6 +226,10 @@ def restore(file: Path, force: bool, settings: Settings) -> None:
         dump.restore(database, programs(database), file, force=force)
         migrate.upgrade(database)
         click.echo(f"restored {_contents(database)} from '{file}'")
+
+
+def _network(address: network.Address | str | None) -> str:
+    return "none: its socket alone" if address is None else f"listens on {address}, with passwords and without TLS"
 
 
 def _require_embedded(settings: Settings, instead: str) -> None:

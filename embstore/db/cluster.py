@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from embstore.db import network
 from embstore.db.home import DATABASE, MAJOR, PORT, ROLE, Account, Home, take, user_name
 from embstore.errors import DatabaseUnavailable, UsageError
 
@@ -208,8 +209,13 @@ def launch(home: Home, server_lock: int) -> int:
         make_data(home, account, binaries, server_lock)
     make_socket_folder(home, account)
     # No server is alive, so these are nobody's; PostgreSQL would believe the pid in the lock file.
-    for stale in (f".s.PGSQL.{PORT}", f".s.PGSQL.{PORT}.lock"):
-        (home.socket / stale).unlink(missing_ok=True)
+    for stale in home.socket.glob(".s.PGSQL.*"):
+        stale.unlink(missing_ok=True)
+    if (address := network.recall(home)) is not None:
+        network.write_rules(home, account)
+        # PostgreSQL names its socket after the port. Whoever uses the socket need not know which one that is.
+        if address.port != PORT:
+            (home.socket / f".s.PGSQL.{PORT}").symlink_to(f".s.PGSQL.{address.port}")
     guard = home.open(home.alive_lock, os.O_RDWR)
     try:
         if not take(guard, fcntl.LOCK_EX, LAUNCH_LIMIT):
@@ -218,15 +224,16 @@ def launch(home: Home, server_lock: int) -> int:
             )
         options = account.options()
         options["env"] |= _stale_pid(home)
-        return spawn([binaries / "postgres", *_arguments(home)], home, guard, options)
+        return spawn([binaries / "postgres", *_arguments(home, address)], home, guard, options)
     finally:
         os.close(guard)
 
 
-def _arguments(home: Home) -> list[str | Path]:
+def _arguments(home: Home, address: network.Address | None) -> list[str | Path]:
     quoted = str(home.socket).replace('"', '""')
     arguments: list[str | Path] = ["-D", home.data, "-c", f'unix_socket_directories="{quoted}"']
-    arguments += ["-c", f"port={PORT}", "-c", "log_line_prefix=%m [%p] "]
+    arguments += ["-c", f"port={PORT}"] if address is None else network.arguments(home, address)
+    arguments += ["-c", "log_line_prefix=%m [%p] "]
     # Containers often give /dev/shm 64 MB, and a parallel index build wants its whole work memory there.
     shared_memory = Path("/dev/shm")
     if shared_memory.is_dir():

@@ -30,7 +30,7 @@ import psycopg2
 from psycopg2.extensions import connection as Connection  # noqa: N812
 
 import embstore
-from embstore.db import cluster
+from embstore.db import cluster, network
 from embstore.db.home import DATABASE, MAJOR, PORT, ROLE, Home, is_free, same_file, server_locked, take
 from embstore.errors import DatabaseError, DatabaseUnavailable, UsageError
 
@@ -63,6 +63,8 @@ class Status:
     """Client sessions of any program."""
     size_bytes: int | None = None
     """Of all its databases, if it runs."""
+    listens: str | None = None
+    """Where else than on its socket, if it runs: `127.0.0.1:5433`."""
 
 
 def url(home: Path) -> str:
@@ -104,6 +106,31 @@ def keep_up(home: Path) -> str:
     return address
 
 
+def listen(home: Path, address: network.Address | None, *, force: bool = False) -> str:
+    """Let the server listen there too, or (None) on its socket alone, now and later; it starts anew and stays up.
+
+    Returns the address of its socket. Raises as `stop` and `ensure_running` do, and UsageError if another program
+    listens there; then it is remembered as little as before.
+    """
+    place = Home.at(home)
+    place.create()
+    before, wanted = network.recall(place), None if address is None else str(address)
+    if address == before and status(home).listens == wanted:
+        return keep_up(home)
+    if address is not None and (before is None or before.port != address.port):
+        network.check_free(address)
+    stop(home, force)
+    network.remember(place, address)
+    try:
+        found = keep_up(home)
+    except DatabaseError:
+        network.remember(place, before)
+        raise
+    if wanted is not None and status(home).listens != wanted:
+        raise UsageError(f"another embstore process started PostgreSQL in {home} meanwhile: type the command again")
+    return found
+
+
 def stop(home: Path, force: bool = False) -> bool:
     """Stop the server and forget `keep_up`; returns whether it ran.
 
@@ -143,15 +170,17 @@ def status(home: Path) -> Status:
         return Status(place.data, True, kept=kept, in_use=in_use, version=MAJOR)
     with _connected(place) as connection, connection.cursor() as cursor:
         cursor.execute(_FACTS)
-        (version, open_sessions, size) = cursor.fetchone() or (None, 0, None)
+        (version, open_sessions, size, hosts, port) = cursor.fetchone() or (None, 0, None, "", "")
         pid = _peer(connection)
-    return Status(place.data, True, True, kept, in_use, version, pid, open_sessions, size)
+    listens = str(network.Address(hosts, int(port))) if hosts else None
+    return Status(place.data, True, True, kept, in_use, version, pid, open_sessions, size, listens)
 
 
 _FACTS = """
 SELECT split_part(current_setting('server_version'), ' ', 1),
        (SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()),
-       (SELECT sum(pg_database_size(oid))::bigint FROM pg_database)
+       (SELECT sum(pg_database_size(oid))::bigint FROM pg_database),
+       current_setting('listen_addresses'), current_setting('port')
 """
 
 
@@ -290,11 +319,13 @@ def _bring_up(home: Home) -> None:
     with server_locked(home, START_LIMIT + STOP_LIMIT) as server_lock:
         deadline = time.monotonic() + START_LIMIT
         log_start: int | None = None
+        address = network.recall(home)
         while (answer := _probe(home)) is not _Answer.READY:
             if not alive(home):
                 if log_start is not None:
                     said = cluster.reason(home, log_start)
-                    raise DatabaseUnavailable(f"PostgreSQL does not start: {said}; see {home.log}")
+                    listens = f"; 'embstore db up --listen off' ends that it listens on {address}" if address else ""
+                    raise DatabaseUnavailable(f"PostgreSQL does not start: {said}; see {home.log}{listens}")
                 log_start = _launch(home, server_lock)
             if time.monotonic() > deadline:
                 raise DatabaseUnavailable(

@@ -4,6 +4,7 @@ postgres/      data directory, 0700                users.lock     shared by ever
 socket/        Unix socket, 0700                   server.lock    held round init, start and stop
 server.log     what PostgreSQL says                alive.lock     held by PostgreSQL's own processes
 keep           if it exists, the server stays up   keeper.lock    held by the keeper
+listen         where it listens beside the socket, if it does
 server/        a copy of the binaries, only where the server's account cannot enter the folder they came in
 """
 
@@ -52,7 +53,7 @@ class Home:
         """The folder of the Unix socket: inside the home, or a short one in /tmp where libpq could not use that."""
         inside = self.folder / "socket"
         # libpq splits its host at commas, and the kernel limits the length.
-        length = len(os.fsencode(inside / f".s.PGSQL.{PORT}"))
+        length = len(os.fsencode(inside / ".s.PGSQL.65535"))
         if length <= _SOCKET_PATH_LIMIT and "," not in str(inside) and _is_unicode(inside):
             return inside
         digest = hashlib.sha256(os.fsencode(self.folder)).hexdigest()[:16]
@@ -87,6 +88,11 @@ class Home:
     def keep(self) -> Path:
         """Marker: the server stays up when nobody uses it."""
         return self.folder / "keep"
+
+    @property
+    def listen(self) -> Path:
+        """The address that the server listens on beside its socket; see `network`."""
+        return self.folder / "listen"
 
     def create(self) -> None:
         """Make the folder if it is missing: for its user alone, or enterable by the server's account if we are root.
