@@ -14,7 +14,7 @@ from typing import IO
 from sqlalchemy import text
 
 from embstore import sharing
-from embstore.db.engine import Database
+from embstore.db.engine import Database, require_session
 from embstore.db.migrate import State, inspect
 from embstore.db.schema import HEAD, SCHEMA
 from embstore.errors import DatabaseError, DatabaseNotReady, UsageError
@@ -70,6 +70,7 @@ def backup(database: Database, programs: Programs, target: Path, *, force: bool)
 def _require_all(database: Database) -> None:
     """Raise UsageError for a role whose backup would silently hold no more than it sees."""
     with database.begin() as connection:
+        require_session(connection, "a backup")
         identity = sharing.identify(connection)
     if identity.kind != "owner":
         raise UsageError(
@@ -159,6 +160,7 @@ def _write_script(script: IO[bytes], programs: Programs, archive: Path) -> None:
 
 def _check_target(database: Database, force: bool) -> None:
     with database.begin() as connection:
+        require_session(connection, "a restore")
         state = inspect(connection)
         _check_server(state)
         if connection.execute(text(f"SELECT to_regclass('{SCHEMA}.dataset')")).scalar() is None:

@@ -15,7 +15,7 @@ from psycopg2.extensions import connection as DriverConnection  # noqa: N812
 
 from embstore.db import embedded
 from embstore.db.address import password_of, without_password
-from embstore.db.engine import Database
+from embstore.db.engine import Database, is_pooled
 from embstore.errors import DatabaseError
 
 SEARCH_PATH = "public, embstore"
@@ -42,12 +42,14 @@ def programs(database: Database) -> Programs:
         driver = connection.connection.driver_connection
         assert isinstance(driver, DriverConnection)
         encrypted, major = driver.info.ssl_in_use, driver.server_version // 10000
+        pooled = is_pooled(connection)
     # The ones of the wheel know no TLS.
     folder = _system_folder(major) if encrypted else embedded.binary("psql").parent
     environment = os.environ | {"PGAPPNAME": "embstore"}
-    # Spaces are escaped, as libpq splits the options at them.
-    path = SEARCH_PATH.replace(" ", "\\ ")
-    environment["PGOPTIONS"] = f"{os.environ.get('PGOPTIONS', '')} -c search_path={path}".strip()
+    if not pooled:  # PgBouncer takes no options; that path is what the owner and members find set anyway
+        # Spaces are escaped, as libpq splits the options at them.
+        path = SEARCH_PATH.replace(" ", "\\ ")
+        environment["PGOPTIONS"] = f"{os.environ.get('PGOPTIONS', '')} -c search_path={path}".strip()
     if password := password_of(database.url):
         environment["PGPASSWORD"] = password
     return Programs(folder, without_password(database.url), environment)

@@ -21,7 +21,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from embstore import faults
 from embstore.catalog import StoredModel
-from embstore.db.engine import Database
+from embstore.db.engine import Database, require_session
 from embstore.errors import DatabaseError, UsageError
 from embstore.progress import duration
 
@@ -244,6 +244,7 @@ def _needed(kind: Kind, rows: int, size: int, options: dict[str, int]) -> int:
 def _building(database: Database, model: StoredModel) -> Iterator[tuple[Connection, int]]:
     """A connection of one's own outside of transactions, and its number, while nobody else builds for this model."""
     with database.autocommit() as connection:
+        require_session(connection, "an index build")
         key = {"family": _LOCK, "model_id": model.model_id}
         locked = connection.execute(text("SELECT pg_try_advisory_lock(:family, :model_id)"), key).scalar_one()
         busy = next((index for index in find(connection, model.model_id) if index.pid is not None), None)

@@ -14,6 +14,7 @@ from psycopg2.extensions import connection as DriverConnection  # noqa: N812
 from psycopg2.extensions import cursor as Cursor  # noqa: N812
 from sqlalchemy import Connection
 
+from embstore.db.engine import is_pooled
 from embstore.db.migrate import inspect
 from embstore.errors import UsageError
 
@@ -104,9 +105,7 @@ def run(
     driver = _driver(connection)
     cursor = driver.cursor()
     if not write:
-        # For the session, as a COMMIT within the query would end what holds for the transaction alone.
-        cursor.execute("SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY")
-        driver.commit()
+        _forbid_writing(connection, cursor, statement)
     cursor.execute(_SEARCH_PATH)
     cursor.execute(_VECTOR_TYPES)
     vector_types = {oid for (oid,) in cursor.fetchall()}
@@ -122,10 +121,27 @@ def run(
     return Answer(cursor.statusmessage or "done", columns, vectors, _rows(cursor, streams))
 
 
+def _forbid_writing(connection: Connection, cursor: Cursor, statement: str) -> None:
+    """Make the session read-only, as a COMMIT within the query would end what holds for the transaction alone.
+
+    Behind a pooler the session is others' too, and they could not write any more: there it is the transaction, and
+    UsageError for a query of several statements, one of which might be that COMMIT.
+    """
+    if not is_pooled(connection):
+        cursor.execute("SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY")
+        cursor.connection.commit()
+        return
+    if ";" in statement.strip().rstrip(";"):
+        raise UsageError("through a connection pooler a query is one statement, without a ';' in it")
+    cursor.execute("SET TRANSACTION READ ONLY")
+
+
 def allow_writing(connection: Connection) -> None:
     """Undo what `run` has set for the session, before the connection is used for something else."""
     driver = _driver(connection)
     driver.rollback()
+    if is_pooled(connection):
+        return
     with driver.cursor() as cursor:
         cursor.execute("SET SESSION CHARACTERISTICS AS TRANSACTION READ WRITE")
     driver.commit()

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 import psycopg2
+from psycopg2.extensions import connection as DriverConnection  # noqa: N812
 from sqlalchemy import Connection, Engine, create_engine, exc, text
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import DBAPIError
@@ -36,7 +37,8 @@ _CONNECT_ARGS = {
     "client_encoding": "utf8",  # PGCLIENTENCODING may ask for one that does not hold every name
 }
 
-_SERVER_GOES_AWAY = {"57P01", "57P02", "57P03", "25P03", "08000", "08001", "08003", "08006", "53300"}
+# 08P01 is PgBouncer's word for a server that it has lost.
+_SERVER_GOES_AWAY = {"57P01", "57P02", "57P03", "25P03", "08000", "08001", "08003", "08006", "08P01", "53300"}
 _TRY_AGAIN = {"40001", "40P01"}
 # Errors while connecting carry no code. A server that speaks another language is waited for in vain.
 _REFUSES = re.compile(
@@ -176,6 +178,25 @@ class Database:
                 else f"{self} does not answer: {words}; see server.log there, or type 'embstore db up'"
             )
         return DatabaseError(f"the database refused: {words}")
+
+
+def is_pooled(connection: Connection) -> bool:
+    """Whether a pooler such as PgBouncer stands in between, so that the session may be another's in the next moment.
+
+    What gives it away: it makes up the number of the server's process that a client is told of.
+    """
+    driver = connection.connection.driver_connection
+    assert isinstance(driver, DriverConnection)
+    return bool(connection.exec_driver_sql("SELECT pg_backend_pid()").scalar_one() != driver.info.backend_pid)
+
+
+def require_session(connection: Connection, what: str) -> None:
+    """Raise DatabaseError unless this connection has its session to itself, which `what` needs."""
+    if is_pooled(connection):
+        raise DatabaseError(
+            f"{what} needs a session of its own, and between here and the server there is a connection pooler: "
+            "put the server's own address into DATABASE_URL for this command"
+        )
 
 
 def _is_transient(error: Exception) -> bool:
