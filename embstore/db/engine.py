@@ -44,6 +44,7 @@ _TRY_AGAIN = {"40001", "40P01"}
 _REFUSES = re.compile(
     r"authentication failed|no password supplied|no pg_hba\.conf entry|is not permitted to log in"
     r"|(role|database) \".*\" does not exist|permission denied for database"
+    r"|certificate verify failed|does not match host name|root certificate file|server does not support SSL"
 )
 
 

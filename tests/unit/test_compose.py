@@ -13,6 +13,7 @@ from dotenv import dotenv_values
 from embstore import settings
 
 ROOT = Path(__file__).parents[2]
+OVER_NETWORK = "docker-compose.tls.yml"
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,24 @@ def test_health_check_asks_for_the_database_it_creates(postgres: dict[str, Any])
     assert check[:2] == ["CMD", "pg_isready"]
     assert f"--dbname={postgres['environment']['POSTGRES_DB']}" in check
     assert f"--username={postgres['environment']['POSTGRES_USER']}" in check
+
+
+def test_with_tls_nobody_comes_in_without(postgres: dict[str, Any]) -> None:
+    over = yaml.safe_load((ROOT / OVER_NETWORK).read_text())
+    service = over["services"]["postgres"]
+    assert set(over["services"]) == {"postgres"}
+    # Compose adds ports and volumes to those of the first file, and puts the rest in its place.
+    assert not {port.split(":")[-2] for port in service["ports"]} & {port.split(":")[-2] for port in postgres["ports"]}
+    assert not service.keys() & {"image", "environment", "healthcheck"}
+    given = dict(value.split("=") for value in service["command"] if "=" in value)
+    assert (given["ssl"], given["ssl_min_protocol_version"]) == ("on", "TLSv1.2")
+    mounted = {volume.split(":")[1] for volume in service["volumes"]}
+    assert str(Path(given["ssl_cert_file"]).parent) in mounted
+    assert f"-m 600 /certs/server.key {given['ssl_key_file']}" in service["entrypoint"][2]
+    (config,) = service["configs"]
+    assert config["target"] == given["hba_file"]
+    rules = [line.split() for line in over["configs"][config["source"]]["content"].splitlines()]
+    assert rules == [["local", "all", "all", "trust"], ["hostssl", "all", "all", "all", "scram-sha-256"]]
 
 
 def test_env_file_spells_out_the_defaults(tmp_path: Path) -> None:
