@@ -38,10 +38,19 @@ class Home:
 
     @classmethod
     def at(cls, folder: Path) -> Home:
-        """Name it; touches nothing. Raises UsageError for a name that PostgreSQL's own files cannot hold."""
+        """Name it; touches nothing.
+
+        Raises UsageError for a name that PostgreSQL's own files cannot hold, and for a place that one cannot get to.
+        """
         if "\n" in str(folder):
             raise UsageError(f"EMBSTORE_HOME {str(folder)!r} has a line break in its name; choose another folder")
-        return cls(folder.resolve())
+        try:
+            home = cls(folder.resolve())
+            home.folder.exists()
+        except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, until Python 3.13
+            why = getattr(error, "strerror", None) or "its links lead in a circle"
+            raise UsageError(f"cannot get to {folder}: {why}; set EMBSTORE_HOME to a folder of yours") from None
+        return home
 
     @property
     def data(self) -> Path:
