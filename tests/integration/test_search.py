@@ -125,6 +125,14 @@ def test_every_filter_gives_what_numpy_says(store: Store, index: str | None) -> 
                 assert np.isclose(cosines(results), expected, atol=1e-6).mean() >= 0.8, (name, bound)
 
 
+def test_a_filter_may_leave_items_of_several_datasets(store: Store) -> None:
+    results = search(store.database, QUERY, where="position < 8", k=30)
+    assert (len(results), results.method, {hit.dataset for hit in results}) == (16, "prefilter", {"calls", "books"})
+    together = np.concatenate([store.vectors[:8], store.vectors[:8] + 0.5]).astype(np.float64)
+    right = together @ QUERY / np.linalg.norm(together, axis=1) / np.linalg.norm(QUERY)
+    assert cosines(results) == pytest.approx(sorted(right.tolist(), reverse=True), abs=1e-6)
+
+
 def test_never_fewer_than_there_are(store: Store) -> None:
     """All that pass lie on the far side, where the index comes last."""
     store.index(FULL)
