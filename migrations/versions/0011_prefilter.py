@@ -10,7 +10,7 @@ from importlib import import_module
 
 from alembic import op
 
-revision = "0012"
+revision = "0011"
 down_revision = "0010"
 
 BEFORE: str = import_module("embstore.migrations.versions.0007_search").NEAREST
