@@ -95,6 +95,8 @@ def make_pictures(folder: Path, items: int, width: int) -> list[Path]:
         noise = Image.effect_noise(size, 20).convert("RGB")
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.blend(smooth, noise, 0.1).save(path, **({"compress_level": 1} if path.suffix == ".png" else {}))
+    if (there := sum(1 for path in folder.rglob("*.*"))) != items:
+        raise SystemExit(f"what is kept has {there:,} pictures, not {items:,}: name another folder")
     return paths
 
 
