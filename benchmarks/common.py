@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import shutil
 import subprocess
@@ -34,6 +35,14 @@ def arguments(description: str | None, *, rounds: int, items: int | None = None)
         parser.add_argument("--items", type=int, default=items, help=f"how much to do (default: {items})")
     parser.add_argument("--rounds", type=int, default=rounds, help=f"turns of each (default: {rounds})")
     return parser
+
+
+def start(script: str) -> None:
+    """Run the `main` of a script whose functions run in worker processes, as a module that these can import.
+
+    embstore's workers don't see the program that was started, so that no script is run again in each of them.
+    """
+    importlib.import_module(Path(script).stem).main()
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from common import Times, arguments, in_turns, server, show, show_ratio, temporary_folder
+from common import Times, arguments, in_turns, server, show, show_ratio, start, temporary_folder
 
 from embstore import catalog
 from embstore.db.engine import Database
@@ -191,4 +191,4 @@ def _batches(ready: Iterator[Prepared | None], max_cost: int) -> Iterator[list[P
 
 
 if __name__ == "__main__":
-    main()
+    start(__file__)

@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from common import Times, arguments, in_turns, ratio, server, show, show_ratio, temporary_folder
+from common import Times, arguments, in_turns, ratio, server, show, show_ratio, start, temporary_folder
 from extract import end_to_end, run_workers
 from PIL import Image
 
@@ -123,4 +123,4 @@ def plainly(path: Path) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    main()
+    start(__file__)

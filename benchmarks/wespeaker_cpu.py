@@ -30,7 +30,7 @@ from time import perf_counter, process_time
 from typing import Any
 
 import numpy as np
-from common import Times, arguments, in_turns, ratio, server, show, show_ratio, temporary_folder
+from common import Times, arguments, in_turns, ratio, server, show, show_ratio, start, temporary_folder
 from extract import SPEECH, replicate
 from numpy.typing import NDArray
 
@@ -216,4 +216,4 @@ def bare(channel: Channel, job: Alone) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(__file__)
