@@ -90,12 +90,11 @@ def centroids(
       embstore export centroids --format npz out
     """
     with snapshot(settings) as connection:
-        if dataset is not None:
-            catalog.get_dataset(connection, dataset)
+        of = None if dataset is None else catalog.get_dataset(connection, dataset)
         chosen = catalog.one_model(
             connection, dataset, model, first="'embstore extract PATH', then 'embstore centroids'"
         )
-        done = transfer.export_centroids(connection, folder, form, chosen, dataset, force=force, begin=_begin)
+        done = transfer.export_centroids(connection, folder, form, chosen, of, force=force, begin=_begin)
     click.echo(f"wrote {plural(done.rows, 'centroid')} by {chosen.name} to {done.place}")
     if done.stale:
         click.echo(f"{done.stale:,} of them are stale: type 'embstore centroids' and export again", err=True)
@@ -126,10 +125,8 @@ def boundaries(
       embstore export boundaries out --dataset train --format csv
     """
     with snapshot(settings) as connection:
-        if dataset is not None:
-            catalog.get_dataset(connection, dataset)
-        if model is not None:
-            catalog.get_model(connection, model)
-        chosen = run if run is not None else transfer.find_run(connection, dataset, model)
+        of = None if dataset is None else catalog.get_dataset(connection, dataset)
+        by = None if model is None else catalog.get_model(connection, model)
+        chosen = run if run is not None else transfer.find_run(connection, of, by)
         done = transfer.export_boundaries(connection, folder, form, chosen, force=force, begin=_begin)
     click.echo(f"wrote run {chosen}, {plural(done.rows, 'item')}, to {done.place}")

@@ -83,11 +83,10 @@ def get_dataset(connection: Connection, name: str, *, writing: bool = False) -> 
 def _named(connection: Connection, name: str) -> list[Dataset]:
     """The datasets that a name may mean; the one that is shown under it, if there is one."""
     sql = f"""
-    SELECT {_COLUMNS} FROM embstore.datasets d WHERE :name IN (d.dataset, d.name, d.team || '/' || d.name)
+    SELECT {_COLUMNS} FROM embstore.datasets d WHERE d.dataset_id IN (SELECT embstore.datasets_called(:name))
     ORDER BY d.dataset
     """
-    found = [Dataset(*row) for row in connection.execute(text(sql), {"name": name})]
-    return [dataset for dataset in found if dataset.name == name] or found
+    return [Dataset(*row) for row in connection.execute(text(sql), {"name": name})]
 
 
 def datasets(connection: Connection, media: str) -> list[Dataset]:

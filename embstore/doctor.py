@@ -40,8 +40,8 @@ SELECT current_setting('max_connections')::int AS allowed,
 """
 
 _ABANDONED = """
-SELECT d.name AS dataset, m.name AS model, count(*) AS rows
-FROM {table} q JOIN embstore.dataset d USING (dataset_id) JOIN embstore.model m USING (model_id)
+SELECT d.dataset, m.name AS model, count(*) AS rows
+FROM {table} q JOIN embstore.datasets d USING (dataset_id) JOIN embstore.model m USING (model_id)
 WHERE q.status = 'running' AND NOT embstore.is_alive(q.claim_token)
 GROUP BY 1, 2 ORDER BY 1, 2
 """
@@ -49,11 +49,11 @@ _QUEUES = {"embstore.extraction": "extract", "embstore.centroid": "centroids", "
 
 # Read off the counts alone, which an index gives; which rows they are is for a query of one's own.
 _UNEVEN = """
-SELECT d.name AS dataset, m.name AS model, coalesce(x.done, 0) AS done, coalesce(e.vectors, 0) AS vectors
+SELECT d.dataset, m.name AS model, coalesce(x.done, 0) AS done, coalesce(e.vectors, 0) AS vectors
 FROM (SELECT dataset_id, model_id, count(*) AS done FROM embstore.extraction WHERE status = 'done' GROUP BY 1, 2) x
 FULL JOIN (SELECT dataset_id, model_id, count(*) AS vectors FROM embstore.embedding GROUP BY 1, 2) e
     USING (dataset_id, model_id)
-JOIN embstore.dataset d USING (dataset_id) JOIN embstore.model m USING (model_id)
+JOIN embstore.datasets d USING (dataset_id) JOIN embstore.model m USING (model_id)
 WHERE x.done IS DISTINCT FROM e.vectors ORDER BY 1, 2
 """
 

@@ -23,12 +23,12 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 _SHOWN = 5
 
 _ITEMS = """
-SELECT d.name AS dataset, i.dataset_id, i.item_id, i.path, i.start, i.size, i.mtime_ns, vector_send(e.embedding) AS sent
-FROM embstore.item i JOIN embstore.dataset d USING (dataset_id)
+SELECT d.dataset, i.dataset_id, i.item_id, i.path, i.start, i.size, i.mtime_ns, vector_send(e.embedding) AS sent
+FROM embstore.item i JOIN embstore.datasets d USING (dataset_id)
 LEFT JOIN embstore.embedding_{model_id} e
     ON e.dataset_id = i.dataset_id AND e.model_id = {model_id} AND e.item_id = i.item_id
 WHERE i.dataset_id = ANY (:datasets) AND {condition}
-ORDER BY d.name, i.position LIMIT 100
+ORDER BY d.dataset, i.position LIMIT 100
 """
 _BY_PATH = "i.path = :name"
 _BY_ID = "i.item_id = :item_id"
@@ -36,10 +36,10 @@ _BY_ID = "i.item_id = :item_id"
 _BY_FILE = "i.start IS NULL AND i.duration IS NULL AND rtrim(d.root, '/') || '/' || i.path = :file"
 
 _SPEAKERS = """
-SELECT d.name AS dataset, d.dataset_id FROM embstore.dataset d
+SELECT d.dataset, d.dataset_id FROM embstore.datasets d
 WHERE d.dataset_id = ANY (:datasets)
     AND EXISTS (SELECT FROM embstore.item i WHERE i.dataset_id = d.dataset_id AND i.speaker = :name)
-ORDER BY d.name
+ORDER BY d.dataset
 """
 _CENTROID = """
 SELECT vector_send(embedding), num_utterances FROM embstore.speaker_centroids

@@ -32,6 +32,7 @@ _ADD_TEAM = """
 INSERT INTO embstore.team (team, role) SELECT rolname, oid FROM pg_roles WHERE rolname = :name
 ON CONFLICT (team) DO UPDATE SET role = excluded.role
 """
+_NAMED_SO = "SELECT name FROM embstore.dataset WHERE starts_with(name, :prefix) ORDER BY name LIMIT 1"
 _OTHER_TEAMS = """
 SELECT count(*) FROM embstore.team t
 WHERE t.team <> :team AND pg_has_role(:login, t.role, 'USAGE') AND pg_get_userbyid(t.role) = t.team
@@ -76,6 +77,9 @@ def create_team(connection: Connection, name: str, *, adopt: bool = False) -> No
     check_name(name, "team")
     if "/" in name:
         raise UsageError(f"team name '{name}' holds a '/', which stands between a team and its dataset")
+    taken = connection.execute(text(_NAMED_SO), {"prefix": f"{name}/"}).scalar()
+    if taken is not None:
+        raise UsageError(f"dataset '{taken}' would seem to be one of team '{name}': choose another name")
     role = _role(connection, name)
     if role is None:
         _execute(connection, "CREATE ROLE {} NOLOGIN", name)

@@ -18,14 +18,14 @@ from embstore.db.copy import read_rows
 from embstore.errors import EmbstoreError, UsageError
 
 _SUMMARY = """
-SELECT r.boundary_run_id AS run, r.dataset_id, d.name AS dataset, r.method, r.items, r.embedded,
+SELECT r.boundary_run_id AS run, r.dataset_id, d.dataset, r.method, r.items, r.embedded,
     (SELECT count(*) FROM embstore.boundary b
      WHERE b.dataset_id = r.dataset_id AND b.boundary_run_id = r.boundary_run_id) AS boundaries,
     (SELECT count(*) FROM embstore.segment s
      WHERE s.dataset_id = r.dataset_id AND s.boundary_run_id = r.boundary_run_id) AS segments,
     r.found -> 'parameters' AS parameters, r.found -> 'notes' AS notes, r.found -> 'trace' AS trace,
     r.found -> 'expected' AS expected
-FROM embstore.boundary_run r JOIN embstore.dataset d USING (dataset_id)
+FROM embstore.boundary_run r JOIN embstore.datasets d USING (dataset_id)
 WHERE r.boundary_run_id = :run AND r.status = 'done'
 """
 _ENDED = "SELECT status, error FROM embstore.boundary_run WHERE boundary_run_id = :run"
@@ -50,7 +50,9 @@ WHERE r.boundary_run_id = :run ORDER BY i.position
 """
 _POSITIONS = "SELECT position FROM embstore.boundary WHERE boundary_run_id = :run ORDER BY position"
 _RUN = """
-SELECT r.dataset_id, r.model_id, m.dim, d.name, r.status, r.applied_at, r.found ->> 'order', r.items
+SELECT r.dataset_id, r.model_id, m.dim,
+    (SELECT s.dataset FROM embstore.datasets s WHERE s.dataset_id = r.dataset_id),
+    r.status, r.applied_at, r.found ->> 'order', r.items
 FROM embstore.boundary_run r
 JOIN embstore.model m USING (model_id)
 JOIN embstore.dataset d USING (dataset_id)

@@ -73,46 +73,44 @@ _REGISTERED = "SELECT count(*) FROM embstore.item WHERE dataset_id = :dataset_id
 _AVERAGED = """
 FROM embstore.centroid c
 JOIN embstore.centroid_vector v USING (dataset_id, model_id, centroid_id)
-JOIN embstore.dataset d USING (dataset_id)
-WHERE c.model_id = :model_id AND (CAST(:dataset AS text) IS NULL OR d.name = :dataset)
+JOIN embstore.datasets d USING (dataset_id)
+WHERE c.model_id = :model_id AND (CAST(:dataset_id AS integer) IS NULL OR c.dataset_id = :dataset_id)
 """
 _CENTROIDS = f"""
 SELECT count(*), count(*) FILTER (WHERE c.status <> 'done' OR EXISTS (SELECT FROM embstore.speaker_change g
     WHERE g.dataset_id = c.dataset_id AND g.model_id = c.model_id AND g.speaker = c.speaker)),
     CASE WHEN min(c.average) = max(c.average) THEN min(c.average) END,
-    CASE WHEN min(d.name) = max(d.name) THEN min(d.name) END, count(DISTINCT d.name)
+    CASE WHEN min(d.dataset) = max(d.dataset) THEN min(d.dataset) END, count(DISTINCT d.dataset_id)
 {_AVERAGED}
 """
 _CENTROID_ROWS = f"""
-SELECT d.name, c.speaker, vector_send(c.embedding), c.average, c.num_utterances, c.cohesion,
+SELECT c.dataset, c.speaker, vector_send(c.embedding), c.average, c.num_utterances, c.cohesion,
     (SELECT count(*) FROM embstore.item i JOIN embstore.extraction x USING (dataset_id, item_id)
      WHERE i.dataset_id = c.dataset_id AND i.speaker = c.speaker AND x.model_id = c.model_id
          AND x.status IN ('failed', 'skipped')),
     u.ids, u.paths
-FROM (SELECT c.*, v.embedding, d.name AS dataset, d.root {_AVERAGED}) c
-JOIN embstore.dataset d USING (dataset_id)
+FROM (SELECT c.*, v.embedding, d.dataset, d.root {_AVERAGED}) c
 CROSS JOIN LATERAL (
     SELECT array_agg(i.item_id ORDER BY i.item_id) AS ids,
         array_agg(rtrim(c.root, '/') || '/' || i.path ORDER BY i.item_id) AS paths
     FROM embstore.item i JOIN embstore.extraction x USING (dataset_id, item_id)
     WHERE :with_utterances AND i.dataset_id = c.dataset_id AND i.speaker = c.speaker AND x.model_id = c.model_id
         AND x.status = 'done') u
-ORDER BY d.name, c.centroid_id
+ORDER BY c.dataset, c.centroid_id
 """
 
 _RUN = """
-SELECT d.dataset_id, d.name, d.media, d.root, m.model_id, m.name, m.dim, r.status, r.method, r.parameters, r.found,
+SELECT d.dataset_id, d.dataset, d.media, d.root, m.model_id, m.name, m.dim, r.status, r.method, r.parameters, r.found,
     r.items, r.embedded,
     (SELECT count(*) FROM embstore.boundary_score s
      WHERE s.dataset_id = r.dataset_id AND s.boundary_run_id = r.boundary_run_id)
-FROM embstore.boundary_run r JOIN embstore.dataset d USING (dataset_id) JOIN embstore.model m USING (model_id)
+FROM embstore.boundary_run r JOIN embstore.datasets d USING (dataset_id) JOIN embstore.model m USING (model_id)
 WHERE r.boundary_run_id = :run
 """
 _RUNS = """
-SELECT r.boundary_run_id FROM embstore.boundary_run r JOIN embstore.dataset d USING (dataset_id)
-JOIN embstore.model m USING (model_id)
-WHERE r.status = 'done' AND (CAST(:dataset AS text) IS NULL OR d.name = :dataset)
-    AND (CAST(:model AS text) IS NULL OR m.name = :model) ORDER BY 1
+SELECT r.boundary_run_id FROM embstore.boundary_run r
+WHERE r.status = 'done' AND (CAST(:dataset_id AS integer) IS NULL OR r.dataset_id = :dataset_id)
+    AND (CAST(:model_id AS smallint) IS NULL OR r.model_id = :model_id) ORDER BY 1
 """
 _SCORES = """
 SELECT {columns}
@@ -235,16 +233,16 @@ def export_centroids(
     folder: Path,
     form: Format,
     model: StoredModel,
-    dataset: str | None,
+    dataset: Dataset | None,
     *,
     force: bool = False,
     begin: Begin = silent,
 ) -> Exported:
     """Write all centroids of a model, or those of one dataset; raises as `export_embeddings` does."""
-    values = {"model_id": model.model_id, "dataset": dataset}
+    values = {"model_id": model.model_id, "dataset_id": None if dataset is None else dataset.dataset_id}
     rows, stale, average, only, datasets = connection.execute(text(_CENTROIDS), values).one()
     if not rows:
-        of = f" of dataset '{dataset}'" if dataset is not None else ""
+        of = f" of dataset '{dataset.name}'" if dataset is not None else ""
         raise UsageError(f"there are no centroids{of} by model '{model.name}': type 'embstore centroids' first")
     if form == "kaldi" and datasets > 1:
         raise UsageError("an archive for Kaldi holds the speakers of one dataset: add --dataset NAME")
@@ -299,9 +297,13 @@ def export_boundaries(
     return _write(folder, form, Table(facts, rows, iter(())), batches, force, begin)
 
 
-def find_run(connection: Connection, dataset: str | None, model: str | None) -> int:
-    """The newest finished boundary run, of a dataset and a model if these are named. Raises UsageError for none."""
-    runs = connection.execute(text(_RUNS), {"dataset": dataset, "model": model}).scalars().all()
+def find_run(connection: Connection, dataset: Dataset | None, model: StoredModel | None) -> int:
+    """The newest finished boundary run, of a dataset and a model if these are given. Raises UsageError for none."""
+    values = {
+        "dataset_id": None if dataset is None else dataset.dataset_id,
+        "model_id": None if model is None else model.model_id,
+    }
+    runs = connection.execute(text(_RUNS), values).scalars().all()
     if not runs:
         raise UsageError("there is no finished boundary run: type 'embstore boundaries' first")
     return int(runs[-1])

@@ -157,6 +157,8 @@ class Session:
                 return value
         except psycopg2.errors.InsufficientPrivilege:
             return REFUSED
+        except psycopg2.errors.UndefinedObject:
+            return 0  # it sees no dataset of that name
         except (psycopg2.errors.UniqueViolation, psycopg2.errors.ForeignKeyViolation):
             return 1  # it came past the rules, which are asked first
         finally:

@@ -133,6 +133,41 @@ def test_centroids_keep_their_vectors_up_and_down(database: Database) -> None:
             assert connection.exec_driver_sql(select).all() == before
 
 
+def _routines(connection: Connection) -> set[str]:
+    """Functions and views, as the server writes them out."""
+    return set(
+        connection.exec_driver_sql(
+            f"SELECT pg_get_functiondef(oid) FROM pg_proc WHERE pronamespace = to_regnamespace('{SCHEMA}')"
+            " UNION ALL SELECT relname || pg_get_viewdef(oid) || coalesce(reloptions::text, '') FROM pg_class"
+            f" WHERE relnamespace = to_regnamespace('{SCHEMA}') AND relkind = 'v'"
+        ).scalars()
+    )
+
+
+def test_names_of_datasets_up_and_down(database: Database) -> None:
+    """Functions and views are as before, with data in the tables and somebody's own view on one of them."""
+    with database.begin() as connection:
+        _model(connection, dim=2)
+        connection.exec_driver_sql(
+            "INSERT INTO embstore.dataset (name, media, root) VALUES ('d', 'audio', '/d');"
+            "INSERT INTO embstore.item (dataset_id, position, path) VALUES (1, 0, 'a.wav');"
+            "INSERT INTO embstore.embedding (dataset_id, model_id, item_id, embedding) VALUES (1, 1, 1, '[1,0]');"
+            "CREATE VIEW public.own AS SELECT dataset, path FROM embstore.embeddings_m"
+        )
+        newest = _routines(connection)
+    made: list[set[str]] = []
+    for revision in ("0011", "head", "0011", "head"):
+        (migrate.upgrade if revision == "head" else migrate.downgrade)(database, revision)
+        with database.begin() as connection:
+            made.append(_routines(connection))
+            assert connection.exec_driver_sql("SELECT * FROM public.own").all() == [("d", "a.wav")]
+            count = "SELECT count(*) FROM embstore.nearest('[1,0]', 'm', 5, 'd')"
+            assert connection.exec_driver_sql(count).scalar_one() == 1
+    assert made[0] == made[2]
+    assert made[1] == made[3] == newest
+    assert len(newest - made[0]) >= 16
+
+
 _COLUMNS = f"""
 SELECT c.relname, a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull, a.attidentity,
     pg_get_expr(d.adbin, d.adrelid), col_description(a.attrelid, a.attnum)
