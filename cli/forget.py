@@ -19,9 +19,6 @@ from .options import opened, pass_settings
 from .output import plural
 from .remove import agreed, yes_option
 
-_ALIKE = 0.9
-"""A similarity above which a recording under another name may be the same person's."""
-
 
 @click.command()
 @click.argument("speaker")
@@ -93,14 +90,19 @@ def _show(speaker: str, traces: Sequence[Trace], others: Sequence[Trace]) -> Non
 def _say_proof(speaker: str, proof: Proof) -> None:
     places = ", ".join(place for place in proof.looked_at if place != "search")
     click.echo(f"'{speaker}' is removed. Counted again: 0 rows in {places}")
+    if not proof.nearest:
+        click.echo("  searched for: there is no other vector that could be near to theirs")
     for near in proof.nearest:
         who = f"'{near.speaker}'" if near.speaker else "nobody in particular"
         click.echo(
-            f"  searched for by {near.model}: what is nearest to them now is {near.path} of {who} in '{near.of}',"
-            f" {near.similarity:.4f}"
+            f"  searched for as {near.model} knew them from '{near.dataset}': nearest is now {near.path} of {who} in"
+            f" '{near.of}', {near.similarity:.4f}"
         )
-        if near.similarity >= _ALIKE:
-            click.echo("    so near that it may be the same person under another name: listen to it")
+        if near.similarity >= near.own:
+            click.echo(
+                f"    as near as their own were ({near.own:.4f} on the average):"
+                " it may be the same person under another name"
+            )
 
 
 def _say_vacuum(vacuumed: Vacuumed | None) -> None:
@@ -121,8 +123,8 @@ def _say_vacuum(vacuumed: Vacuumed | None) -> None:
 
 def _say_what_is_left(traces: Sequence[Trace]) -> None:
     click.echo("not touched: backups, the write-ahead log and replicas of the server, exports, and the recordings in")
-    for trace in traces:
-        click.echo(f"  {trace.dataset.root}")
+    for root in sorted({trace.dataset.root for trace in traces}):
+        click.echo(f"  {root}")
     click.echo(
         "'embstore extract' of that folder would register them anew: remove them there, or list the others in a"
         " manifest"

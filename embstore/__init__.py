@@ -5,7 +5,7 @@
     with embstore.connect() as store:
         ids, vectors = store.vectors("speech", "resemblyzer")
 
-Nothing is imported before it is used: `import embstore` takes no longer than an empty module.
+Nothing is imported before it is used: neither SQLAlchemy nor numpy, and torch only where a model is loaded.
 """
 
 from __future__ import annotations

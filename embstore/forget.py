@@ -45,8 +45,11 @@ SELECT DISTINCT m.model_id, m.name FROM embstore.extraction x JOIN embstore.mode
 WHERE x.dataset_id = :dataset_id AND x.item_id = ANY (:item_ids) AND x.status = 'done' ORDER BY m.name
 """
 _VOICE = """
-SELECT vector_send(avg(e.embedding)) FROM embstore.embedding_{model_id} e
-WHERE e.dataset_id = :dataset_id AND e.model_id = {model_id} AND e.item_id = ANY (:item_ids)
+WITH theirs AS MATERIALIZED (
+    SELECT e.embedding FROM embstore.embedding_{model_id} e
+    WHERE e.dataset_id = :dataset_id AND e.model_id = {model_id} AND e.item_id = ANY (:item_ids)
+), mean AS MATERIALIZED (SELECT avg(embedding) AS vector FROM theirs)
+SELECT vector_send(m.vector), (SELECT avg(1 - (t.embedding <=> m.vector)) FROM theirs t) FROM mean m
 """
 
 # The name's own centroid goes. Others that hold something of theirs lose the vector, and are computed anew: those of
@@ -110,6 +113,17 @@ class Trace:
 
 
 @dataclass(frozen=True)
+class Voice:
+    """How a person sounded, or looked: the mean of their vectors in one dataset by one model."""
+
+    dataset: str
+    model: str
+    vector: NDArray[np.float32]
+    own: float
+    """Mean cosine of their vectors to it."""
+
+
+@dataclass(frozen=True)
 class Neighbour:
     """What is nearest now to how a person sounded, or looked."""
 
@@ -121,6 +135,8 @@ class Neighbour:
     path: str | None
     of: str
     """Its dataset."""
+    own: float
+    """How alike their own recordings were to this, on the average."""
 
 
 @dataclass(frozen=True)
@@ -158,9 +174,7 @@ def forget(database: Database, speaker: str, traces: Sequence[Trace], *, tick: T
     with database.begin() as connection:
         for trace in traces:
             removal.require_idle(connection, trace.dataset)
-        voices = [
-            (trace, name, _voice(connection, trace, model)) for trace in traces for model, name in trace.models.items()
-        ]
+        voices = [_voice(connection, trace, *model) for trace in traces for model in trace.models.items()]
     for trace in traces:
         clear = _clearing(trace, speaker)
         if trace.item_ids:
@@ -170,11 +184,12 @@ def forget(database: Database, speaker: str, traces: Sequence[Trace], *, tick: T
     return _prove(database, speaker, traces, voices)
 
 
-def _voice(connection: Connection, trace: Trace, model_id: int) -> NDArray[np.float32]:
-    """The mean of a person's vectors, to be searched for when they are gone."""
+def _voice(connection: Connection, trace: Trace, model_id: int, model: str) -> Voice:
+    """What is to be searched for when they are gone."""
     values = {"dataset_id": trace.dataset.dataset_id, "item_ids": trace.item_ids}
-    sent = connection.execute(text(_VOICE.format(model_id=model_id)), values).scalar_one()
-    return np.frombuffer(bytes(sent), dtype=">f4", offset=4).astype(np.float32)
+    sent, own = connection.execute(text(_VOICE.format(model_id=model_id)), values).one()
+    vector = np.frombuffer(bytes(sent), dtype=">f4", offset=4).astype(np.float32)
+    return Voice(trace.dataset.name, model, vector, own)
 
 
 def _clearing(trace: Trace, speaker: str) -> Callable[[Connection], None]:
@@ -187,9 +202,7 @@ def _clearing(trace: Trace, speaker: str) -> Callable[[Connection], None]:
     return clear
 
 
-def _prove(
-    database: Database, speaker: str, traces: Sequence[Trace], voices: Sequence[tuple[Trace, str, NDArray[np.float32]]]
-) -> Proof:
+def _prove(database: Database, speaker: str, traces: Sequence[Trace], voices: Sequence[Voice]) -> Proof:
     """Count what is left of a person, and search for them."""
     left: dict[str, int] = {}
     gone: set[int] = set()
@@ -200,11 +213,15 @@ def _prove(
             for place, number in connection.execute(text(_LEFT), values):
                 left[place] = left.get(place, 0) + number
     nearest = []
-    for trace, model, voice in voices:
-        hits = search(database, voice, model=model, k=NEIGHBOURS, exact=True) if voice.any() else []
+    for voice in voices:
+        # Vectors that cancel each other out leave nothing to search for.
+        if not voice.vector.any():
+            continue
+        hits = search(database, voice.vector, model=voice.model, k=NEIGHBOURS, exact=True, timeout=0)
         left["search"] = left.get("search", 0) + sum(hit.item_id in gone for hit in hits)
         nearest += [
-            Neighbour(trace.dataset.name, model, hit.similarity, hit.speaker, hit.path, hit.dataset) for hit in hits[:1]
+            Neighbour(voice.dataset, voice.model, hit.similarity, hit.speaker, hit.path, hit.dataset, voice.own)
+            for hit in hits[:1]
         ]
     if any(left.values()):
         places = ", ".join(f"{number:,} in {place}" for place, number in left.items() if number)

@@ -258,7 +258,7 @@ def test_a_person_is_forgotten_everywhere(database: Database, settings: Settings
     assert result.exit_code == 0, result.output
     assert named(database, who) == []
     assert f"'{who}' is removed. Counted again: 0 rows in item, extraction, embedding, face" in result.stdout
-    assert "searched for by small: what is nearest to them now is " in result.stdout
+    assert "searched for as small knew them from 'one': nearest is now " in result.stdout
     assert "vacuumed: the rows are out of the server's tables and indexes" in result.stdout
     assert "embstore extract' of that folder would register them anew" in result.stdout
     assert ask(database, "SELECT count(*) FROM embstore.item") == [(15,)]
