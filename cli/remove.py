@@ -117,7 +117,7 @@ def _require_owner(identity: sharing.Identity) -> None:
 @click.argument("dataset")
 @click.argument("paths", metavar="[PATH]...", nargs=-1)
 @click.option("--speaker", metavar="NAME", help="Only of this speaker.")
-@click.option("--where", metavar="SQL", help='Only those for which this holds, such as "duration < 1".')
+@click.option("--where", metavar="SQL", help='Only those for which this holds, such as "size < 2000".')
 @click.option("--vanished", is_flag=True, help="Only those that the last scan no longer found.")
 @yes_option
 @pass_settings
@@ -138,7 +138,7 @@ def items(
     \b
       embstore rm items train annie/01.mp3 hugo
       embstore rm items train --vanished
-      embstore rm items train --where "duration < 0.5"
+      embstore rm items train --where "size < 2000"
     """
     with opened(settings) as database:
         require_ready(database)
