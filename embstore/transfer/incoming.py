@@ -55,6 +55,9 @@ FROM incoming WHERE n <> ALL (CAST('{known}' AS bigint[])) ORDER BY n
 RETURNING position, item_id
 """
 
+_SLICE = 1 << 20
+"""Bytes of vectors that are sent by one COPY."""
+
 _KEYS = "dataset_id = :dataset_id AND model_id = :model_id AND item_id = ANY (CAST(:keys AS bigint[]))"
 _NEW_DONE = """
 INSERT INTO embstore.extraction (dataset_id, model_id, item_id, status, finished_at)
@@ -238,13 +241,18 @@ def _add_items(connection: Connection, items: NDArray[np.int64], first: int) -> 
 
 
 def _write(connection: Connection, place: Place, items: NDArray[np.int64], matrix: NDArray[np.float32]) -> None:
-    columns: dict[str, NDArray[Any]] = {
-        "dataset_id": np.full(len(items), place.dataset_id, dtype=np.int32),
-        "model_id": np.full(len(items), place.model_id, dtype=np.int16),
-        "item_id": items,
-        "embedding": matrix,
-    }
-    copy_rows(connection, f"embstore.embedding_{place.model_id}", columns)
+    # In slices, as memory that was just given back is there at once; for 20 MB at a time the system is asked anew, and
+    # to get them takes longer than to fill them.
+    size = max(1, _SLICE // (4 * place.dim))
+    for at in range(0, len(items), size):
+        part = items[at : at + size]
+        columns: dict[str, NDArray[Any]] = {
+            "dataset_id": np.full(len(part), place.dataset_id, dtype=np.int32),
+            "model_id": np.full(len(part), place.model_id, dtype=np.int16),
+            "item_id": part,
+            "embedding": matrix[at : at + size],
+        }
+        copy_rows(connection, f"embstore.embedding_{place.model_id}", columns)
 
 
 def _counted(found: _Found) -> Counts:
