@@ -3,9 +3,9 @@
 bare read        COPY (item_id, embedding) of the model's partition TO STDOUT (FORMAT BINARY), as it lies on disk, into
                  memory; no value is looked at
 thrown away      the same, but the bytes are not kept: what the server takes to send them
-ordered read     all vectors of the dataset by position into one array of numpy's (`embstore.vectors.ordered`)
+ordered read     all vectors of the dataset by position into one array of numpy's (`store.vectors` of the Python API)
 npz, parquet     `embstore export embeddings`, until the file has its name
-bare write       COPY (FORMAT BINARY) from the same arrays, in pieces of 20,000 rows and one transaction, into a bare
+bare write       COPY (FORMAT BINARY) from the same arrays, in pieces of 1,000 rows and one transaction, into a bare
                  table of the columns dataset_id, model_id, item_id, embedding with the same primary key, and no checks
 import           `embstore import embeddings` of an .npz of them into a new dataset: the file is read twice and checked;
                  items with their four indexes, vectors and their `done` are written, a transaction for each 20,000
@@ -30,8 +30,8 @@ from common import arguments, in_turns, memory_watched, ratio, seconds, server, 
 from numpy.typing import NDArray
 from sqlalchemy import text
 
-from embstore import catalog, vectors
-from embstore.ahead import ahead
+import embstore
+from embstore import catalog
 from embstore.db.copy import PIECE, encode
 from embstore.db.engine import Database
 from embstore.db.home import DATABASE, PORT, ROLE, Home
@@ -42,7 +42,7 @@ from embstore.transfer.origin import Wanted
 from embstore.transfer.table import Format
 
 DIM = 256
-ROWS = 20_000
+ROWS = 1_000
 SPEAKER = 200
 NAME, MODEL = "bench", "bench"
 
@@ -77,6 +77,7 @@ class Bench:
         self._database = database
         self._folder = folder
         self._items = items
+        self._store = embstore.connect(settings)
         self._raw: Any = psycopg2.connect(
             host=str(Home.at(settings.home).socket), port=PORT, user=ROLE, dbname=DATABASE
         )
@@ -108,18 +109,7 @@ class Bench:
 
     def ordered_read(self) -> float:
         """Seconds to read all vectors into one array."""
-        return seconds(self._read)
-
-    def _read(self) -> None:
-        matrix = np.empty((self._items, DIM), dtype=np.float32)
-        at = 0
-        with self._database.begin() as connection:
-            dataset = catalog.get_dataset(connection, NAME).dataset_id
-            with ahead(vectors.ordered(connection, dataset, 1, DIM)) as pages:
-                for page in pages:
-                    matrix[at : at + len(page.vectors)] = page.vectors
-                    at += len(page.vectors)
-        assert at == self._items
+        return seconds(lambda: self._store.vectors(NAME, MODEL))
 
     def export(self, form: Format) -> float:
         """Seconds of an export."""
@@ -173,8 +163,9 @@ class Bench:
         assert done.counts.all == self._items, done
 
     def close(self) -> None:
-        """Close the bare connection."""
+        """Close the connections."""
         self._raw.close()
+        self._store.close()
 
 
 def _matrix(items: int) -> NDArray[np.float32]:

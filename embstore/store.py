@@ -241,7 +241,9 @@ class Store:
             total = vectors.count(connection, *scope)
             found = Vectors(np.empty(total, np.int64), np.empty((total, stored.dim), np.float32))
             end = 0
-            for page in vectors.ordered(connection, *scope, stored.dim, by=order_by):
+            # Smaller than for those who keep them: memory that is given back at once is there for the next page.
+            size = max(100, vectors.page_size(stored.dim) // 5)
+            for page in vectors.ordered(connection, *scope, stored.dim, size=size, by=order_by):
                 start, end = end, end + len(page.item_ids)
                 found.ids[start:end], found.vectors[start:end] = page.item_ids, page.vectors
             return Vectors(found.ids[:end], found.vectors[:end])
