@@ -18,6 +18,7 @@ SMALL = {
     "extract": ["--items", "6", "--rounds", "1"],
     "images": ["--items", "12", "--rounds", "1", "--width", "200"],
     "register": ["--items", "3000", "--rounds", "1"],
+    "sharing": ["--items", "2000", "--rounds", "1"],
     "startup": ["--rounds", "1"],
     "transfer": ["--items", "1000", "--rounds", "1"],
     "write": ["--items", "600", "--rounds", "2"],
