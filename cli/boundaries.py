@@ -13,6 +13,7 @@ import click
 from click.core import ParameterSource
 from sqlalchemy import Connection
 
+from embstore import catalog
 from embstore.boundaries import labels
 from embstore.boundaries.evaluate import evaluate
 from embstore.boundaries.job import Method, Options
@@ -157,6 +158,7 @@ def apply(run: int, merge_same: bool, threshold: float | None, settings: Setting
         found = labels.get_run(connection, run)
         voices = labels.merge_voices(connection, found, threshold) if merge_same else None
         count = labels.apply(connection, found)
+        catalog.record(connection, "boundaries apply", found.dataset_id, {"run": run, "merge_same": merge_same})
     merged = f", {voices:,} voices" if voices is not None else ""
     print(f"labelled {count:,} items of '{found.dataset}' by run {run}{merged}: type 'embstore centroids' next")
 
@@ -169,6 +171,7 @@ def undo(run: int, settings: Settings) -> None:
     with opened(settings) as database, _changing(database) as connection:
         found = labels.get_run(connection, run)
         count = labels.undo(connection, found)
+        catalog.record(connection, "boundaries undo", found.dataset_id, {"run": run})
     print(f"restored the speakers of {count:,} items of '{found.dataset}'")
 
 

@@ -194,8 +194,12 @@ def retry(dataset: str | None, model: str | None, kind: str, code: str | None, s
     with writing(settings) as connection:
         statuses = ["failed", "skipped"] if kind == "all" else [kind]
         refused = _refused(connection, dataset, model, statuses, code)
-        queues = [Queue("embstore.extraction", "item_id", scope) for scope in reports.scopes(connection, refused)]
-        count = sum(queue.retry(connection, statuses, None if code is None else [code]) for queue in queues)
+        count = 0
+        for scope in reports.scopes(connection, refused):
+            queue = Queue("embstore.extraction", "item_id", scope)
+            if again := queue.retry(connection, statuses, None if code is None else [code]):
+                catalog.record(connection, "retry", scope["dataset_id"], {"status": kind, "code": code, "items": again})
+                count += again
         words = _none(connection, refused) if not count else None
     click.echo(words or f"{plural(count, 'item')} became pending: type 'embstore extract' to go on")
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import click
@@ -144,6 +145,8 @@ def remove_member(team: str, login: str, settings: Settings) -> None:
 @pass_settings
 def password(login: str, password_fd: int | None, settings: Settings) -> None:
     """Give LOGIN another password, asked for at a prompt; anybody may change their own."""
+    with reading(settings) as connection:
+        members.require_login(connection, login)
     given = _password(login, password_fd)
     with writing(settings) as connection:
         members.set_password(connection, login, members.verifier(connection, given, login))
@@ -162,6 +165,17 @@ def _password(login: str, descriptor: int | None) -> str:
         raise UsageError(f"no password can be read from descriptor {descriptor}: {error}") from None
 
 
+@contextmanager
+def _recorded(
+    settings: Settings, command: str, dataset: str, parameters: dict[str, str]
+) -> Iterator[tuple[Connection, catalog.Dataset]]:
+    """A transaction that does something to a dataset, and notes in the history that it was done."""
+    with writing(settings) as connection:
+        found = catalog.get_dataset(connection, dataset)
+        yield connection, found
+        catalog.record(connection, command, found.dataset_id, parameters)
+
+
 @click.command()
 @click.argument("dataset")
 @click.option("--with", "team", metavar="TEAM", required=True, help="The team that is to see it.")
@@ -175,10 +189,8 @@ def share(dataset: str, team: str, access: str, settings: Settings) -> None:
       embstore share train --with phonetics --read
       embstore share train --with asr --write
     """
-    with writing(settings) as connection:
-        found = catalog.get_dataset(connection, dataset)
+    with _recorded(settings, "share", dataset, {"with": team, "access": access}) as (connection, found):
         sharing.share(connection, found.dataset_id, found.name, team, writing=access == "write")
-        catalog.record(connection, "share", found.dataset_id, {"with": team, "access": access})
     click.echo(f"team '{team}' may {'read and write' if access == 'write' else 'read'} '{found.name}'")
 
 
@@ -192,10 +204,8 @@ def unshare(dataset: str, team: str, settings: Settings) -> None:
     \b
       embstore unshare train --with phonetics
     """
-    with writing(settings) as connection:
-        found = catalog.get_dataset(connection, dataset)
+    with _recorded(settings, "unshare", dataset, {"with": team}) as (connection, found):
         sharing.unshare(connection, found.dataset_id, found.name, team)
-        catalog.record(connection, "unshare", found.dataset_id, {"with": team})
     click.echo(f"team '{team}' sees '{found.name}' no more; what it has copied out, it has")
 
 
@@ -209,10 +219,8 @@ def give(dataset: str, team: str, settings: Settings) -> None:
     \b
       embstore give train --to phonetics
     """
-    with writing(settings) as connection:
-        found = catalog.get_dataset(connection, dataset)
+    with _recorded(settings, "give", dataset, {"to": team}) as (connection, found):
         sharing.give(connection, found.dataset_id, found.name, team)
-        catalog.record(connection, "give", found.dataset_id, {"to": team})
     click.echo(f"dataset '{found.name}' belongs to team '{team}'")
 
 

@@ -175,10 +175,15 @@ def verifier(connection: Connection, password: str, login: str) -> str:
     return made
 
 
+def require_login(connection: Connection, name: str) -> None:
+    """Raise UsageError unless there is a login of this name."""
+    if not has_login(connection, name):
+        raise UsageError(f"there is no login '{name}': 'embstore team add-member TEAM {name}' makes it")
+
+
 def set_password(connection: Connection, login: str, verifier: str) -> None:
     """Give a login a password, by its verifier. Not even that is to stand in the server's log, where that can be."""
-    if not has_login(connection, login):
-        raise UsageError(f"there is no login '{login}': 'embstore team add-member TEAM {login}' makes it")
+    require_login(connection, login)
     connection.execute(text(_SILENCE))
     with _driver(connection).cursor() as cursor:
         cursor.execute(sql.SQL("ALTER ROLE {} PASSWORD {}").format(sql.Identifier(login), sql.Literal(verifier)))

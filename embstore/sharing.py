@@ -188,10 +188,13 @@ def require_team(connection: Connection, name: str) -> None:
     known = team_names(connection)
     if name in known:
         return
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean '{near[0]}'? " if near else ""
-    listed = f"there are {', '.join(known)}" if known else "there is none yet: type 'embstore team create NAME'"
-    raise UsageError(f"no team '{name}': {hint}{listed}")
+    if near := difflib.get_close_matches(name, known, n=1):
+        raise UsageError(f"no team '{name}': did you mean '{near[0]}'? 'embstore team list' shows all")
+    listed = ", ".join(f"'{team}'" for team in known)
+    raise UsageError(
+        f"no team '{name}': "
+        + (f"known are {listed}" if known else "there is none yet: type 'embstore team create NAME'")
+    )
 
 
 def teams(connection: Connection) -> list[Team]:

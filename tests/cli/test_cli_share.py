@@ -117,6 +117,17 @@ def test_history_tells_who_did_what(teams: dict[str, str], people: People, cli: 
     assert [e["counts"] for e in json.loads(cli("history", "--format", "json").stdout)] == [{}, {}]
 
 
+def test_history_has_what_changes_a_dataset_without_a_worker(
+    teams: dict[str, str], people: People, cli_at: CliAt
+) -> None:
+    ann = cli_at(people.address(teams["ann"]))
+    retried = ann("retry", "--dataset", "calls")
+    assert retried.exit_code == 0, retried.output
+    (event,) = [e for e in json.loads(ann("history", "--format", "json").stdout) if e["login"] == teams["ann"]]
+    assert (event["command"], event["dataset"], event["parameters"]["status"]) == ("retry", "calls", "failed")
+    assert f"{event['parameters']['items']} item" in retried.stdout
+
+
 def test_members_come_and_go(teams: dict[str, str], people: People, cli: Cli, cli_at: CliAt) -> None:
     ann = cli_at(people.address(teams["ann"]))
     assert cli("team", "add-member", teams["b"], teams["ann"], "--writer").exit_code == 0
@@ -134,6 +145,18 @@ def test_a_team_that_has_datasets_is_dropped_only_if_another_gets_them(teams: di
     assert cli("team", "drop", teams["a"], "--give-to", teams["b"]).exit_code == 0
     (left,) = json.loads(cli("team", "list", "--json").stdout)
     assert (left["name"], left["members"], left["datasets"]) == (teams["b"], [f"{teams['bob']} (reader)"], 1)
+
+
+def test_a_wrong_name_is_answered_before_a_password_is_asked_for(teams: dict[str, str], cli: Cli) -> None:
+    for words, said in (
+        (("team", "password", "zoe"), "there is no login 'zoe'"),
+        (("team", "add-member", teams["a"][:-1], "zoe", "--writer"), f"did you mean '{teams['a']}'"),
+        (("share", "cals", "--with", teams["b"]), "no dataset 'cals': did you mean 'calls'?"),
+        (("share", "calls", "--with", "physics"), "no team 'physics': known are "),
+    ):
+        result = cli(*words)
+        assert (result.exit_code, result.stderr.count("\n")) == (2, 1), result.output
+        assert said in result.stderr
 
 
 def test_a_role_that_only_has_a_teams_name_is_not_the_team(
