@@ -18,7 +18,7 @@ from sqlalchemy.exc import DBAPIError
 
 from embstore.db import embedded
 from embstore.db.address import masked
-from embstore.errors import DatabaseError, DatabaseUnavailable
+from embstore.errors import DatabaseError, DatabaseUnavailable, UsageError
 from embstore.settings import Settings
 
 T = TypeVar("T")
@@ -92,6 +92,8 @@ class Database:
                 f"all {self._pool_size} connections are in use by this process: finish reading what is open, or set"
                 " DB_MAX_CONNECTIONS higher"
             ) from error
+        except ValueError as error:
+            raise _unsendable(error) or error from None
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
@@ -198,6 +200,15 @@ def require_session(connection: Connection, what: str) -> None:
             f"{what} needs a session of its own, and between here and the server there is a connection pooler: "
             "put the server's own address into DATABASE_URL for this command"
         )
+
+
+def _unsendable(error: ValueError) -> UsageError | None:
+    """What psycopg2 says of a text that no server takes, for whoever typed it; None for any other error."""
+    if isinstance(error, UnicodeEncodeError):
+        return UsageError(f"{error.object!a} holds bytes that are no text in UTF-8: no name in a database can")
+    if "NUL (0x00)" in str(error):
+        return UsageError("a name or a value holds a NUL character: none in a database can")
+    return None
 
 
 def _is_transient(error: Exception) -> bool:
