@@ -13,7 +13,7 @@ from embstore.db.engine import Database
 # Each of these begins with something other than the dataset, so that a lookup by it finds rows of others before they
 # are taken away, and EXPLAIN counts them. Say here why that tells nothing.
 HARMLESS_INDEXES = {
-    "dataset_team_name",  # by the team, and a hash that no query can use before the rules
+    "dataset_team_name",  # a guessed name can be confirmed without it, too: docs/sharing.md, "Guesses"
 }
 
 TABLES = """

@@ -1,0 +1,240 @@
+"""Ways to learn of another team's rows without reading them: those that are shut, and those that are left open.
+
+docs/sharing.md lists the open ones; the tests of them fail where it says too much.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg2
+import pytest
+from helpers import entry, fill, finish_all
+from people import People
+from sqlalchemy import make_url
+
+from embstore import catalog
+from embstore.db.engine import Database
+
+SECRETS = 300
+
+
+@dataclass
+class Spy:
+    """A writer of team B, who knows how team A names things, and looks for what there is."""
+
+    address: str
+    team: str
+    other_team: str
+    other: Database
+    """As somebody of team A."""
+    owner: Database
+
+    def ask(self, statement: str, *values: Any, before: str = "") -> list[Any]:
+        """The rows of a statement, which is undone."""
+        connection = psycopg2.connect(make_url(self.address).set(drivername="postgresql").render_as_string(False))
+        try:
+            with connection.cursor() as cursor:
+                if before:
+                    cursor.execute(before)
+                cursor.execute(statement, values or None)
+                return cursor.fetchall() if cursor.description else []
+        finally:
+            connection.close()
+
+    def copied(self, source: str) -> str:
+        """What COPY gives of a table or query."""
+        connection = psycopg2.connect(make_url(self.address).set(drivername="postgresql").render_as_string(False))
+        sink = io.StringIO()
+        with connection.cursor() as cursor:
+            cursor.copy_expert(f"COPY {source} TO STDOUT", sink)
+        connection.close()
+        return sink.getvalue()
+
+    def refusal(self, statement: str, *values: Any) -> str:
+        """The whole error of a statement, detail and all, without what it was asked itself."""
+        with pytest.raises(psycopg2.Error) as caught:
+            self.ask(statement, *values)
+        return re.sub(r'".*?"', '""', str(caught.value))
+
+    def plan(self, query: str, before: str = "") -> str:
+        """What EXPLAIN ANALYZE tells, but for times."""
+        explained = self.ask(
+            f"EXPLAIN (ANALYZE, COSTS OFF, TIMING OFF, SUMMARY OFF, BUFFERS OFF) {query}", before=before
+        )
+        return "\n".join(line for (line,) in explained)
+
+
+@pytest.fixture
+def spy(database: Database, people: People) -> Spy:
+    """Team A has dataset 1, `secret`, with a speaker Angela; team B has dataset 2."""
+    a, b = people.team("a"), people.team("b")
+    ann, ben = (people.connect(people.login(name, team)) for name, team in (("ann", a), ("ben", b)))
+    entries = [entry(f"angela/{i}.wav", "angela" if i % 2 else f"s{i}") for i in range(SECRETS)]
+    for writer, dataset, items in ((ann, "secret", entries), (ben, "own", entries[:20])):
+        with writer.begin() as connection:
+            queue = fill(connection, items, dataset=dataset)
+        finish_all(writer, queue)
+    with ann.begin() as connection:
+        secret = catalog.get_dataset(connection, "secret")
+        catalog.start_run(connection, "extract", secret.dataset_id, 1, {"path": "/angela"})
+        connection.exec_driver_sql("UPDATE embstore.extraction SET error = 'angela' WHERE item_id < 9")
+    with database.begin() as connection:
+        connection.exec_driver_sql("ANALYZE")
+    return Spy(people.address(people.name("ben")), b, a, ann, database)
+
+
+def test_errors_are_the_same_whether_there_is_something_or_not(spy: Spy) -> None:
+    insert = "INSERT INTO embstore.item (dataset_id, position, path) VALUES (%s, 0, 'angela/1.wav')"
+    assert spy.refusal(insert, 1) == spy.refusal(insert, 99)
+    assert "row-level security" in spy.refusal(insert, 1)
+    with_key = "INSERT INTO embstore.extraction (dataset_id, model_id, item_id) VALUES (%s, 1, 1)"
+    assert spy.refusal(with_key, 1) == spy.refusal(with_key, 99)
+    quietly = f"{with_key} ON CONFLICT DO NOTHING"
+    assert spy.refusal(quietly, 1) == spy.refusal(quietly, 99)
+    share = "INSERT INTO embstore.dataset_share (dataset_id, team) VALUES (%s, %s)"
+    assert spy.refusal(share, 1, spy.team) == spy.refusal(share, 99, spy.team)
+    run = "INSERT INTO embstore.run (dataset_id, command, parameters, host, version) VALUES (%s, 'x', '{}', '', '')"
+    assert spy.refusal(run, 1) == spy.refusal(run, 99)
+    theirs = "INSERT INTO embstore.dataset (name, media, root, team) VALUES (%s, 'audio', '/', %s)"
+    assert spy.refusal(theirs, "secret", spy.other_team) == spy.refusal(theirs, "nothing", spy.other_team)
+    # A name is taken in one's own team alone, and a number cannot be chosen.
+    spy.ask(theirs, "secret", spy.team)
+    assert "permission denied" in spy.refusal(
+        "INSERT INTO embstore.dataset (dataset_id, name, media, root, team) OVERRIDING SYSTEM VALUE"
+        " VALUES (1, 'x', 'audio', '/', %s)",
+        spy.team,
+    )
+
+
+def test_a_name_that_one_may_not_know_is_like_one_that_nobody_has(spy: Spy) -> None:
+    for call in (
+        "SELECT embstore.dataset_called(%s)",
+        "SELECT count(*) FROM embstore.nearest(CAST('[1,0,0]' AS vector), 'small', 5, %s)",
+        "SELECT count(*) FROM embstore.nearest_centroids(CAST('[1,0,0]' AS vector), 'small', 5, %s)",
+        "SELECT count(*) FROM embstore.outlier_utterances(%s, 'small')",
+        "SELECT count(*) FROM embstore.nearest_speakers(%s, 'angela', 'small')",
+        "SELECT count(*) FROM embstore.similar_speakers(%s, 'small', 0.5)",
+    ):
+        for name in ("secret", f"{spy.other_team}/secret"):
+            told = [spy.refusal(call, value).replace(value, "…") for value in (name, "nothing")]
+            assert told[0] == told[1]
+            assert "such as: 'own'" in told[0]
+
+
+def test_copy_obeys_the_rules(spy: Spy) -> None:
+    for source in ("embstore.item", "(SELECT * FROM embstore.items)", "(SELECT * FROM embstore.embedding)"):
+        assert len(spy.copied(source).splitlines()) == 20
+    assert "COPY FROM not supported with row-level security" in spy.refusal(
+        "COPY embstore.item (dataset_id, position, path) FROM STDIN"
+    )
+
+
+def test_what_others_do_leaves_no_trace_that_one_can_read(spy: Spy) -> None:
+    """Commands and their parameters, errors of items, temporary tables, names and comments in the catalogue."""
+    assert spy.ask("SELECT count(*) FROM embstore.run WHERE parameters::text ~ 'angela'") == [(0,)]
+    assert spy.ask("SELECT count(*) FROM embstore.extraction WHERE error IS NOT NULL") == [(0,)]
+    with spy.other.begin() as connection:
+        connection.exec_driver_sql("CREATE TEMPORARY TABLE notes AS SELECT path FROM embstore.item")
+        place = connection.exec_driver_sql(
+            "SELECT nspname FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace WHERE relname = 'notes'"
+        ).scalar_one()
+        connection.commit()
+        assert "permission denied for schema" in spy.refusal(f"SELECT * FROM {place}.notes")
+    for words in (
+        "relname FROM pg_class", "conname FROM pg_constraint", "proname FROM pg_proc", "polname FROM pg_policy",
+        "description FROM pg_description", "pg_get_expr(polqual, polrelid) FROM pg_policy", "prosrc FROM pg_proc",
+        "setconfig::text FROM pg_db_role_setting", "query FROM pg_stat_activity WHERE usename <> current_user",
+    ):  # fmt: skip
+        found = [str(word) for (word,) in spy.ask(f"SELECT {words}")]
+        assert found
+        assert not [word for word in found if "secret" in word or "angela" in word], words
+
+
+def test_an_error_of_an_operator_names_ones_own_values_alone(spy: Spy) -> None:
+    for condition in ("path::integer > 0", "speaker::float8 > 0", "CAST(path AS jsonb) IS NOT NULL"):
+        with pytest.raises(psycopg2.DataError) as caught:
+            spy.ask(f"SELECT count(*) FROM embstore.item WHERE item_id > {SECRETS} AND {condition}")
+        spy.ask(f"SELECT count(*) FROM embstore.item WHERE item_id <= {SECRETS} AND {condition}")
+        assert "angela/" in str(caught.value) or "s0" in str(caught.value) or "angela" in str(caught.value)
+
+
+def test_a_function_of_ones_own_sees_no_row_of_others(spy: Spy) -> None:
+    """A condition that tells what it is called with comes after the rules, however cheap it says it is."""
+    tell = """
+    CREATE FUNCTION pg_temp.tell(text) RETURNS boolean LANGUAGE plpgsql COST 0.0000001 AS
+    $$ BEGIN IF $1 LIKE '{}' THEN RAISE EXCEPTION 'seen'; END IF; RETURN true; END $$
+    """
+    for table in ("embstore.item", "embstore.items", "embstore.embeddings_small"):
+        query = f"SELECT count(*) FROM {table} WHERE pg_temp.tell(path)"
+        assert spy.ask(query, before=tell.format("angela/25%")) == [(20,)]
+        with pytest.raises(psycopg2.Error, match="seen"):  # one's own row it does see
+            spy.ask(query, before=tell.format("angela/1.wav"))
+    # An error in a condition does not come from a row of another's either.
+    assert spy.ask("SELECT count(*) FROM embstore.item WHERE 1 / (length(path) - length('angela/250.wav')) > 5") == [
+        (0,)
+    ]
+
+
+def test_statistics_and_the_numbers_of_rows_to_come_are_not_shown(spy: Spy) -> None:
+    assert spy.ask("SELECT count(*) FROM pg_stats WHERE schemaname = 'embstore' AND tablename = 'item'") == [(0,)]
+    assert "permission denied" in spy.refusal("SELECT * FROM pg_statistic")
+    assert "permission denied" in spy.refusal("SELECT last_value FROM embstore.item_item_id_seq")
+    assert "permission denied" in spy.refusal("SELECT currval('embstore.item_item_id_seq')")
+    assert spy.ask("SELECT last_value FROM pg_sequences WHERE sequencename = 'item_item_id_seq'") in ([(None,)], [])
+    assert spy.ask("SELECT count(*) FROM pg_stat_activity WHERE query <> '<insufficient privilege>' AND usename"
+                   " <> current_user AND usename IS NOT NULL") == [(0,)]  # fmt: skip
+
+
+def test_rules_cannot_be_set_aside(spy: Spy) -> None:
+    assert "would be affected by row-level security" in spy.refusal("SET row_security = off; SELECT FROM embstore.item")
+    for statement in ("SET SESSION AUTHORIZATION embstore", f'SET ROLE "{spy.other_team}"', "SET ROLE embstore"):
+        assert "permission denied" in spy.refusal(statement)
+    counts = ("SELECT count(*) FROM embstore.item", "SELECT sum(items) FROM embstore.progress")
+    shadows = "CREATE TEMPORARY TABLE team AS SELECT 1; SET search_path = pg_temp, public, pg_catalog"
+    operators = "CREATE FUNCTION pg_temp.pg_has_role(oid, text) RETURNS boolean LANGUAGE sql AS 'SELECT true'"
+    for before in ("", shadows, operators, "SET ROLE NONE", "SET embstore.team = 'a'"):
+        for query in counts:
+            assert spy.ask(query, before=before) == [(20,)]
+
+
+def test_another_teams_worker_is_seen_by_nobody_who_does_not_see_its_claims(database: Database, spy: Spy) -> None:
+    with database.begin() as connection:
+        token = connection.exec_driver_sql(
+            "INSERT INTO embstore.lease (worker, expires_at) VALUES ('h:1', now() + interval '1 hour') RETURNING token"
+        ).scalar_one()
+    assert spy.ask("SELECT count(*) FROM embstore.lease WHERE worker = 'h:1'") == [(0,)]
+    assert spy.ask("SELECT embstore.is_alive(%s), embstore.is_alive(%s)", token, token + 1) == [(True, False)]
+    assert spy.ask("DELETE FROM embstore.lease WHERE token = %s RETURNING 1", token) == []
+    tokens = spy.ask("SELECT count(*), count(DISTINCT claim_token >> 40) > 0 FROM embstore.extraction")
+    assert tokens == [(20, True)]
+
+
+def test_what_postgresql_leaves_open_is_as_the_page_says(spy: Spy) -> None:
+    """How much there is, frequent values, guesses and nearness: see "What it does not protect" in docs/sharing.md."""
+    ((rows,),) = spy.ask("SELECT reltuples FROM pg_class WHERE oid = 'embstore.item'::regclass")
+    assert rows == SECRETS + 20
+    no_index = "SET enable_indexscan = off; SET enable_bitmapscan = off; SET enable_indexonlyscan = off"
+    assert "Rows Removed by Filter: 300" in spy.plan("SELECT FROM embstore.item", no_index)
+    guesses = []
+    for name in ("angela", "nobody"):
+        ((line,), *_) = spy.ask(f"EXPLAIN SELECT FROM embstore.item WHERE speaker = '{name}'")
+        guesses.append(int(line.partition("rows=")[2].split()[0]))
+    assert guesses[0] > 10 * guesses[1]
+    # Guesses: a comparison that is cheaper than the rules comes first, and only for what it finds are they asked.
+    for table, column, guesses_of in (
+        ("dataset", "name", ("secret", "nothing")),
+        ("item", "path", ("angela/250.wav", "nobody/250.wav")),
+    ):
+        plans = [spy.plan(f"SELECT FROM embstore.{table} WHERE {column} = '{guess}'", no_index) for guess in guesses_of]
+        assert ["never executed" in plan for plan in plans] == [False, True], table
+    # Nearness: the index is everybody's, and how far it had to go for one's own rows is told.
+    with spy.owner.begin() as connection:
+        connection.exec_driver_sql(
+            "CREATE INDEX ON embstore.embedding_1 USING hnsw ((embedding::vector(3)) vector_cosine_ops)"
+        )
+    nearest = "SELECT FROM embstore.embedding_1 ORDER BY embedding::vector(3) <=> '[1,0,0]'::vector(3) LIMIT 20"
+    assert re.search("Rows Removed by Filter: [1-9]", spy.plan(nearest, "SET enable_seqscan = off"))
