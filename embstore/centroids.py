@@ -24,10 +24,10 @@ from embstore import faults
 from embstore.catalog import Dataset, StoredModel
 from embstore.claims import Claim, Claimant
 from embstore.db.copy import Column, read_rows, read_texts
-from embstore.db.engine import Database
+from embstore.db.engine import Database, limit_idle
 from embstore.errors import DatabaseError
 from embstore.progress import Display, Tally
-from embstore.queue import Queue, Refusal
+from embstore.queue import LEASE_SECONDS, Queue, Refusal
 from embstore.settings import Settings
 from embstore.supervise import PARENT_CONNECTIONS, Committed, Leased, Outcome, Run, Share, check_connections
 from embstore.workers import Channel, count_cores, prepare
@@ -146,13 +146,13 @@ SELECT status, error_code FROM marked
 """
 
 # Everything is read by index, whatever the statistics say, which lag behind a bulk load. Compiling the plan takes
-# longer than running it. A worker that was killed must not leave its query behind on the server. Nobody waits for the
-# disk: a range that a crash of the server takes back is computed again, as its status goes with it, and the commit that
-# notes the end of the run waits for all before it.
-_PLAN = """
+# longer than running it. A worker that was killed must not leave its query behind on the server, nor a stopped one its
+# locks. Nobody waits for the disk: a range that a crash of the server takes back is computed again, as its status goes
+# with it, and the commit that notes the end of the run waits for all before it.
+_PLAN = f"""
 SELECT set_config(name, value, true) FROM (VALUES ('enable_seqscan', 'off'), ('enable_hashjoin', 'off'),
     ('enable_mergejoin', 'off'), ('jit', 'off'), ('work_mem', '64MB'), ('client_connection_check_interval', '2s'),
-    ('synchronous_commit', 'off')
+    ('synchronous_commit', 'off'), ('idle_in_transaction_session_timeout', '{round(1000 * LEASE_SECONDS)}')
 ) AS s (name, value)
 """
 
@@ -227,6 +227,7 @@ def refresh(connection: Connection, dataset_id: int, model_id: int, options: Opt
         "min_utterances": options.min_utterances,
         "recompute": options.recompute,
     }
+    limit_idle(connection)
     changed = connection.execute(text(_TAKE_CHANGES), values).rowcount
     if changed >= _MANY:
         connection.execute(text(_ANALYZE))  # or claims, too, would be planned for the few rows of before

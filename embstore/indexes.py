@@ -21,7 +21,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from embstore import faults
 from embstore.catalog import StoredModel
-from embstore.db.engine import Database, require_session
+from embstore.db.engine import IDLE_SECONDS, Database, require_session
 from embstore.errors import DatabaseError, UsageError
 from embstore.progress import duration
 
@@ -255,6 +255,8 @@ def _building(database: Database, model: StoredModel) -> Iterator[tuple[Connecti
                 "'embstore index status' shows how far it is"
             )
         try:
+            # Statement follows statement, unless this process is stopped: nobody else could ever build an index then.
+            connection.exec_driver_sql(f"SET idle_session_timeout = '{IDLE_SECONDS}s'")
             yield connection, connection.exec_driver_sql("SELECT pg_backend_pid()").scalar_one()
         finally:
             # Closed, not returned to the pool: the lock and the settings are the session's.

@@ -78,6 +78,16 @@ WHERE {scope} AND {key} = ANY (ARRAY(
 RETURNING {key} AS key
 """
 
+# Rows that a worker holds locked whose lease has run out: stopped in the middle of a COPY, say, where no time limit of
+# the server's reaches. Younger transactions are those of others who are just rescuing the rows; and one may end the
+# sessions of one's own role alone.
+_EVICT = """
+SELECT pg_terminate_backend(l.pid) FROM pg_locks l JOIN pg_stat_activity a USING (pid)
+WHERE l.locktype = 'transactionid' AND l.granted AND a.usename = current_user
+    AND a.xact_start < clock_timestamp() - make_interval(secs => :seconds)
+    AND l.transactionid = ANY (ARRAY(SELECT xmax FROM {table} WHERE {abandoned}))
+"""
+
 # Without RETURNING, and with the keys as one literal instead of an expression for each, it takes 0.7 of the time.
 _FINISH = """
 UPDATE {table} SET status = 'done', finished_at = clock_timestamp()
@@ -186,6 +196,7 @@ class Queue:
 
         One of the rows may be what killed the worker. So they come in small groups, then one by one, and the caller
         must work on nothing else meanwhile: only then does a row's number of attempts tell killer from bystander.
+        Where there are none, sessions that keep such rows locked are ended, for the next call.
         """
         quarantined = self._keys(connection, _QUARANTINE, attempts=MAX_ATTEMPTS)
         for attempts in range(MAX_ATTEMPTS):
@@ -193,6 +204,7 @@ class Queue:
             keys = self._keys(connection, _RESCUE, token=token, attempts=attempts, limit=limit)
             if keys:
                 return keys, len(quarantined)
+        self._execute(connection, _EVICT, seconds=LEASE_SECONDS)
         return [], len(quarantined)
 
     def finish(self, connection: Connection, token: int, keys: Sequence[int]) -> list[int]:

@@ -26,6 +26,9 @@ T = TypeVar("T")
 PATIENCE = 60.0
 """Seconds that a running job waits for a server that went away: a restart, a failover."""
 
+IDLE_SECONDS = float(os.environ.get("EMBSTORE_TEST_IDLE_SECONDS", 60))
+"""How long the server waits for a client that has gone silent while it holds others up: it may have been stopped."""
+
 # A half-open connection must not hold up a worker for the two hours that TCP's own defaults take.
 _CONNECT_ARGS = {
     "connect_timeout": 10,
@@ -230,3 +233,11 @@ def _first_line(error: BaseException | None) -> str:
 def set_local(connection: Connection, name: str, value: str) -> None:
     """Set a server parameter until the end of the transaction."""
     connection.execute(text("SELECT set_config(:name, :value, true)"), {"name": name, "value": value})
+
+
+def limit_idle(connection: Connection) -> None:
+    """Have the server end the session if its client goes silent in the middle of this transaction.
+
+    For whatever locks what others wait for: a process that is stopped, or whose machine freezes, would never let go.
+    """
+    set_local(connection, "idle_in_transaction_session_timeout", f"{IDLE_SECONDS}s")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from sqlalchemy import Connection, text
 
 from embstore import faults
-from embstore.db.engine import Database
+from embstore.db.engine import Database, limit_idle
 from embstore.db.schema import HEAD, MINIMUM_PGVECTOR, MINIMUM_SERVER, SCHEMA
 from embstore.errors import DatabaseNotReady
 
@@ -142,6 +142,7 @@ def downgrade(database: Database, revision: str) -> None:
 
 def _locked(database: Database, work: Callable[[Connection], None]) -> None:
     with database.begin() as connection:
+        limit_idle(connection)
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
         work(connection)
 

@@ -13,7 +13,7 @@ from sqlalchemy import Connection, text
 
 from embstore import faults, vectors
 from embstore.db.copy import Column, copy_rows, copy_values, is_guarded, read_rows
-from embstore.db.engine import set_local
+from embstore.db.engine import limit_idle, set_local
 from embstore.errors import UsageError
 from embstore.transfer.checked import Part
 
@@ -147,6 +147,7 @@ def take_in(
     or is just being embedded. `alone`: how many items the caller has brought into a dataset that was empty; if there
     are no others now, none of these can be there.
     """
+    limit_idle(connection)
     connection.execute(text("SELECT FROM embstore.dataset WHERE dataset_id = :id FOR UPDATE"), {"id": place.dataset_id})
     last = connection.execute(text(_LAST), {"dataset_id": place.dataset_id}).scalar()
     first = 0 if last is None else int(last) + 1

@@ -19,7 +19,8 @@ class Proxy:
     """Listens on the loopback; forwards every connection to an embedded server, until one is to be cut.
 
     `cut` is asked about every piece that a client sends; where it says yes, the connection is cut: before the piece
-    reaches the server (`before`), or when the server's answer to it is there, which the client never gets (`after`).
+    reaches the server (`before`), or when the server's answer to it is there, which the client never gets (`after`). Or
+    it stalls: both ends stay connected, and nothing goes through any more (`never`).
     """
 
     def __init__(self, address: str, cut: Cut, *, when: str) -> None:
@@ -74,6 +75,9 @@ class Proxy:
                 if self._cut(data):
                     self.cuts += 1
                     if self._when == "before":
+                        return
+                    if self._when == "never":
+                        select.select([server], [], [])
                         return
                     doomed = True
                 server.sendall(data)
