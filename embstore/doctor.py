@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -71,9 +71,9 @@ WHERE m.model_id IS NULL OR p.name IS NULL ORDER BY 1
 
 # An index that is being built at this moment is not valid either, and is nothing to worry about.
 _INVALID_INDEXES = """
-SELECT c.relname AS index, t.relname AS table
+SELECT c.relname AS index, t.relname AS table, a.amname IN ('hnsw', 'ivfflat') AS of_vectors
 FROM pg_index x JOIN pg_class c ON c.oid = x.indexrelid JOIN pg_class t ON t.oid = x.indrelid
-JOIN pg_namespace n ON n.oid = c.relnamespace
+JOIN pg_am a ON a.oid = c.relam JOIN pg_namespace n ON n.oid = c.relnamespace
 WHERE n.nspname = 'embstore' AND c.relkind = 'i' AND NOT x.indisvalid
     AND NOT EXISTS (SELECT FROM pg_stat_progress_create_index b WHERE b.index_relid = x.indexrelid)
 ORDER BY 1
@@ -146,9 +146,9 @@ def _server(state: State) -> Finding:
 
 
 def _pgvector(state: State) -> Finding:
-    """What an upgrade of the schema mends is said there."""
+    """What an upgrade of the schema, or of embstore, mends is said there."""
     found = f"pgvector {state.pgvector}" if state.pgvector else "not installed in this database yet"
-    if state.can_migrate or state.server_major < MINIMUM_SERVER:
+    if replace(state, revision=None).can_migrate or state.server_major < MINIMUM_SERVER:
         return Finding("pgvector", "ok", found)
     return Finding("pgvector", "problem", found, state.problem)
 
@@ -196,7 +196,7 @@ def _leases(connection: Connection) -> list[Finding]:
                 Finding(
                     "leases",
                     "warning",
-                    f"'{row.dataset}' by {row.model}: {row.rows:,} rows of {table} are left by workers that are gone",
+                    f"'{row.dataset}' by {row.model}: workers that are gone have left {row.rows:,} of {table}",
                     f"type 'embstore {command}': it takes them over",
                 )
             )
@@ -235,7 +235,9 @@ def _indexes(connection: Connection) -> list[Finding]:
             "indexes",
             "problem",
             f"embstore.{row.index} on {row.table} is not valid: its build was interrupted, and it only costs",
-            "type 'embstore index drop', or 'embstore index build' to build it again",
+            "type 'embstore index drop', or 'embstore index build' to build it again"
+            if row.of_vectors
+            else f"it is not embstore's own: DROP INDEX embstore.{row.index}",
         )
         for row in connection.execute(text(_INVALID_INDEXES))
     ] or [Finding("indexes", "ok", "all are valid")]

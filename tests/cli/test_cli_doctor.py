@@ -72,9 +72,10 @@ def test_an_index_whose_build_was_interrupted(store: Database, cli: Cli) -> None
     ((number,),) = ask(store, "SELECT model_id FROM embstore.model")
     execute(store, f"CREATE INDEX broken ON embstore.embedding_{number} ((embedding::vector(3)))")
     execute(store, "UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'embstore.broken'::regclass")
-    [(level, found, _)] = findings(cli, 1)["indexes"]
+    [(level, found, advice)] = findings(cli, 1)["indexes"]
     assert level == "problem"
     assert found.startswith(f"embstore.broken on embedding_{number} is not valid")
+    assert advice == "it is not embstore's own: DROP INDEX embstore.broken"
 
 
 def test_the_recall_of_an_index(store: Database, cli: Cli) -> None:
@@ -131,3 +132,12 @@ def test_a_database_that_is_not_migrated_or_not_there(bare_url: str, cli_at: Cal
     assert list(found) == ["server", "pgvector", "migrations", "clock"]
     assert found["migrations"][0][2] == "the database is not migrated: type 'embstore db upgrade'"
     assert cli_at("postgresql://nobody@127.0.0.1:1/none")("doctor").exit_code == 3
+
+
+def test_a_database_of_a_newer_embstore(database: Database, cli: Cli) -> None:
+    execute(database, "UPDATE embstore.alembic_version SET version_num = '9999'")
+    found = findings(cli, 1)
+    assert [(check, one[0][0]) for check, one in found.items()] == [
+        *(("server", "ok"), ("pgvector", "ok"), ("migrations", "problem"), ("clock", "ok"))
+    ]
+    assert str(found["migrations"][0][2]).endswith("type 'pip install --upgrade embstore'")
