@@ -42,7 +42,7 @@ from sqlalchemy.dialects.postgresql import JSONB, OID
 from sqlalchemy.types import UserDefinedType
 
 SCHEMA = "embstore"
-HEAD = "0012"
+HEAD = "0013"
 """The newest migration. Revisions are numbered, so that older and newer can be told apart without loading Alembic."""
 
 MINIMUM_SERVER = 16
