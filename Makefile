@@ -47,7 +47,7 @@ test: $(INSTALLED) ## run the tests on a real PostgreSQL, which comes along
 	$(BIN)/python -m pytest $(ARGS)
 
 soak: $(INSTALLED) ## every fault at every point, and the queue against its model, at length
-	EMBSTORE_SOAK=1 $(BIN)/python -m pytest -n auto --dist loadfile tests/crash \
+	EMBSTORE_TEST_SOAK=1 $(BIN)/python -m pytest -n auto --dist loadfile tests/crash \
 		tests/integration/test_queue_model.py tests/unit/test_fuzz.py
 
 lint: $(INSTALLED) ## style

@@ -14,6 +14,8 @@ ITEMS = 240
 """Sounds in the fixture `tones`."""
 LEASE_SECONDS = 3.0
 """Of the runs that these tests start."""
+GRACE = 20.0
+"""Seconds beyond those that something may take, on a machine that is busy with other tests."""
 
 Vectors = dict[str, NDArray[np.float32]]
 
@@ -43,7 +45,7 @@ def audit(
     could tell its number lives on for a while, without rows: for that, too, there are `orphans` seconds.
     """
     for run in runs:
-        wait_until(lambda run=run: not run.members(), f"{run.members()} to end", orphans + 0.5)  # type: ignore[misc]
+        wait_until(lambda run=run: not run.members(), f"{run.members()} to end", orphans + GRACE)  # type: ignore[misc]
     statuses = database.statuses()
     assert statuses.get("running", 0) == 0, statuses
     ((registered,),) = database.rows("SELECT count(*) FROM embstore.item CROSS JOIN embstore.model")
@@ -51,7 +53,7 @@ def audit(
     assert database.rows(_UNDONE_VECTORS) == [(0,)], "a vector without done"
     assert database.rows(_MISSING_VECTORS) == [(0,)], "done without a vector"
     assert database.rows(_DUPLICATES) == [(0,)]
-    wait_until(lambda: database.rows(_LIVE_LEASES) == [], "leases to end", orphans + 0.5)
+    wait_until(lambda: database.rows(_LIVE_LEASES) == [], "leases to end", orphans + GRACE)
     if expected is not None:
         compare(read_vectors(database), expected)
     return statuses

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from audit import GRACE
 from commands import Command, Watcher, wait_until
 from numpy.typing import NDArray
 
@@ -33,7 +34,10 @@ INSERT INTO embstore.embedding
 SELECT 1, 1, item_id, array(SELECT sin(item_id * 0.37 + d * d) FROM generate_series(1, {DIM}) d)::real[]::vector
 FROM embstore.item;
 UPDATE embstore.extraction SET status = 'done', finished_at = now();
+CREATE FUNCTION take_a_while() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(0.01); RETURN NULL; END';
+CREATE TRIGGER take_a_while AFTER UPDATE ON embstore.centroid EXECUTE FUNCTION take_a_while();
 """
+"""Every range takes a while, so that there is a middle of the work also where the test itself is slow."""
 
 
 @pytest.fixture
@@ -91,7 +95,7 @@ def test_a_killed_command_takes_its_workers_along_and_the_next_goes_on(
     wait_for_done(watcher, 20)
     run.process.kill()
     assert run.wait() == -signal.SIGKILL
-    wait_until(lambda: not run.members(), "the workers to leave", ORPHAN_SECONDS + 2)
+    wait_until(lambda: not run.members(), "the workers to leave", ORPHAN_SECONDS + GRACE)
     before = done(watcher)
     assert 20 <= len(before) < SPEAKERS
     assert watcher.rows("SELECT count(*) FROM embstore.centroid WHERE status = 'running'") == [(0,)]

@@ -3,50 +3,17 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-from audit import ITEMS, Vectors, audit
+from audit import GRACE, ITEMS, Vectors, audit
 from commands import Command, Start, Watcher, wait_until
 
-from embstore.db import embedded, migrate
-from embstore.db.engine import Database
-from embstore.db.home import Home, is_free
-from embstore.settings import load
+from embstore.db import embedded
 from embstore.workers import ONE_WISH
 
 Runs = list[Command]
-
-
-@pytest.fixture
-def other_home() -> Iterator[Path]:
-    """A home of its own, whose server a test may kill."""
-    # Not pytest's temporary folder: that is closed to the account that the server runs under when we are root.
-    folder = Path(tempfile.mkdtemp(prefix="embstore-tests-"))
-    folder.chmod(0o755)
-    home = folder / "home"
-    yield home
-    embedded.stop(home, force=True)
-    place = Home.at(home)
-    while not is_free(place, place.keeper_lock):
-        time.sleep(0.05)
-    shutil.rmtree(folder)
-
-
-@pytest.fixture
-def other_server(other_home: Path) -> Iterator[str]:
-    """The address of a server that nobody but the test starts and stops, as one behind a DATABASE_URL."""
-    address = embedded.ensure_running(other_home)
-    database = Database(load(database_url=address, home=other_home))
-    migrate.upgrade(database)
-    database.close()
-    yield address
-    embedded.ensure_running(other_home)
 
 
 def test_all_connections_are_cut_again_and_again(
@@ -128,8 +95,8 @@ def test_ctrl_c_twice_while_the_server_is_away_leaves_at_once(
     assert run.process.poll() is None
     time.sleep(2 * ONE_WISH)
     run.press_ctrl_c()
-    assert run.wait(15) in (3, 130)  # far less than its patience with the database
-    wait_until(lambda: not run.members(), "the workers to end", 1)
+    assert run.wait(GRACE) in (3, 130)  # far less than its patience with the database
+    wait_until(lambda: not run.members(), "the workers to end", GRACE)
 
 
 def _only_line(run: Command) -> str:

@@ -1,7 +1,7 @@
 """A worker fails in every way at every point of its work: the run goes on, and nothing is lost, doubled or left.
 
-Every way at every point where EMBSTORE_SOAK is set (`make soak`); otherwise some of them, in every way and at every
-point at least once.
+Every way at every point where EMBSTORE_TEST_SOAK is set (`make soak`); otherwise some of them, in every way and at
+every point at least once.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ import pytest
 from audit import ITEMS, LEASE_SECONDS, Vectors, audit
 from commands import Command, Start, Watcher, wait_until
 
+from embstore.workers import ONE_WISH
+
 POINTS = ("claimed", "decode", "model", "before_commit", "after_commit")
-SOAK = "EMBSTORE_SOAK" in os.environ
+SOAK = "EMBSTORE_TEST_SOAK" in os.environ
 DEATHS = [(action, point) for action in ("kill", "segv", "term") for point in POINTS]
 DEATHS_IN_SHORT = [("kill", point) for point in POINTS] + [
     ("segv", "model"),
@@ -87,9 +89,10 @@ def test_the_command_is_told_to_stop_while_a_worker_hangs(
     run = begin(point, "hang")
     wait_until(lambda: reached(tmp_path, point), f"a worker at {point}")
     run.process.terminate()
-    time.sleep(0.5)
+    wait_until(lambda: "again leaves at once" in run.err, "the word that it stops")
+    time.sleep(2 * ONE_WISH)
     run.process.terminate()
-    assert run.wait(20) == 130
+    assert run.wait() == 130
     assert audit(watcher, runs, expected=undisturbed, orphans=LEASE_SECONDS).get("running") is None
     again = begin(point, "hang", number=10**6)
     assert again.wait() == 0, again.err

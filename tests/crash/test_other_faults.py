@@ -1,4 +1,4 @@
-"""A process is killed in the middle of a centroid range, a boundary run, an index build or a migration."""
+"""A process is killed in the middle of a centroid range, a boundary run, an index build, an export or a migration."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from audit import ITEMS, audit
 from commands import Command, Start, Watcher, wait_until
@@ -72,6 +73,18 @@ def test_the_command_is_killed_in_an_index_build(
     assert again.wait() == 0 or "has this index already" in again.err
     valid = "SELECT indisvalid FROM pg_index JOIN pg_class c ON c.oid = indexrelid JOIN pg_am a ON a.oid = c.relam"
     assert watcher.rows(f"{valid} WHERE amname = 'hnsw'") == [(True,)]
+    assert audit(watcher, runs) == {"done": ITEMS}
+
+
+def test_the_command_is_killed_in_an_export(
+    embedded: None, armed: Armed, start: Start, watcher: Watcher, runs: Runs, tmp_path: Path
+) -> None:
+    words = ("export", "embeddings", str(tmp_path / "kept"), "--format", "npz")
+    run = armed("export", *words)
+    assert run.process.returncode == -signal.SIGKILL
+    assert not list((tmp_path / "kept").glob("*.npz"))
+    assert start(*words).wait() == 0
+    assert len(np.load(tmp_path / "kept" / "embeddings.npz")["embedding"]) == ITEMS
     assert audit(watcher, runs) == {"done": ITEMS}
 
 

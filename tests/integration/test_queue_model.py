@@ -31,7 +31,7 @@ from embstore.errors import LeaseLost
 from embstore.queue import MAX_ATTEMPTS, SUSPECT_GROUP, Queue, Refusal, end_lease, renew_lease, take_lease
 from embstore.settings import Settings
 
-EXAMPLES = 400 if "EMBSTORE_SOAK" in os.environ else 25
+EXAMPLES = 400 if "EMBSTORE_TEST_SOAK" in os.environ else 25
 STEPS = 40
 ROWS = st.integers(1, 40)
 SHARE = st.integers(0, 3)
@@ -71,6 +71,9 @@ class Worker:
 
 class QueueMachine(RuleBasedStateMachine):
     """Runs each step on the database and on the model."""
+
+    steps = 0
+    """Of all machines together."""
 
     def __init__(self, database: Database) -> None:
         super().__init__()
@@ -208,6 +211,7 @@ class QueueMachine(RuleBasedStateMachine):
 
     @invariant()
     def rows_are_what_the_model_says(self) -> None:
+        QueueMachine.steps += 1
         found = {key: tuple(rest) for key, *rest in ask(self.database, _STATE)}
         assert found == {
             key: (row.status, row.attempts, row.owner, row.code, row.status == "done") for key, row in self.rows.items()
@@ -253,10 +257,11 @@ def test_any_order_of_steps_leaves_what_the_model_says(database: Database) -> No
             max_examples=EXAMPLES,
             stateful_step_count=STEPS,
             deadline=None,
-            derandomize="EMBSTORE_SOAK" not in os.environ,
+            derandomize="EMBSTORE_TEST_SOAK" not in os.environ,
             suppress_health_check=list(HealthCheck),
         ),
     )
+    print(f"{EXAMPLES} interleavings, {QueueMachine.steps:,} steps")  # shown by pytest -rP
 
 
 def test_threads_at_once_never_finish_a_row_twice(database: Database, settings: Settings) -> None:

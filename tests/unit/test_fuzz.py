@@ -1,6 +1,6 @@
 """Hostile input: manifests, Kaldi folders, `.env`, arguments and COPY data end in a result or in one clear error.
 
-Bounded in examples, and the same ones in every run; EMBSTORE_SOAK tries many more of them, new ones each time.
+Bounded in examples, and the same ones in every run; EMBSTORE_TEST_SOAK tries many more of them, new ones each time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from embstore.media.audio import EXTENSIONS
 from embstore.settings import NAMES, load
 from embstore.sources import Entry, open_source
 
-SOAK = "EMBSTORE_SOAK" in os.environ
+SOAK = "EMBSTORE_TEST_SOAK" in os.environ
 fuzz = settings(
     max_examples=3000 if SOAK else 60,
     derandomize=not SOAK,

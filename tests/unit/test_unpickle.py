@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from embstore.transfer import unpickle
 from embstore.transfer.unpickle import Refused
 
-SOAK = "EMBSTORE_SOAK" in os.environ
+SOAK = "EMBSTORE_TEST_SOAK" in os.environ
 fuzz = settings(
     max_examples=5000 if SOAK else 150,
     derandomize=not SOAK,
