@@ -25,6 +25,7 @@ from embstore.models import registry
 from embstore.settings import Settings
 from embstore.sources import open_source
 from embstore.supervise import PARENT_CONNECTIONS
+from embstore.words import many
 
 from .options import opened
 
@@ -58,7 +59,7 @@ def _questions(database: Database, path: Path | None, wanted: Wanted, settings: 
     wanted = replace(wanted, media=media)
     click.echo(f"models: {', '.join(registry.available())}")
     wanted = _asked(
-        f"Model for {UNITS[media]}",
+        f"Model for {many(UNITS[media])}",
         _fitting(database, wanted),
         lambda name: _model(database, replace(wanted, name=name)),
     )

@@ -21,6 +21,7 @@ from embstore.db.engine import Database
 from embstore.db.migrate import require_ready
 from embstore.errors import UsageError
 from embstore.settings import Settings, load
+from embstore.words import plural
 
 from .boundary_runs import Detection
 from .options import database_options, finite, opened, pass_settings, reading
@@ -159,8 +160,8 @@ def apply(run: int, merge_same: bool, threshold: float | None, settings: Setting
         voices = labels.merge_voices(connection, found, threshold) if merge_same else None
         count = labels.apply(connection, found)
         catalog.record(connection, "boundaries apply", found.dataset_id, {"run": run, "merge_same": merge_same})
-    merged = f", {voices:,} voices" if voices is not None else ""
-    print(f"labelled {count:,} items of '{found.dataset}' by run {run}{merged}: type 'embstore centroids' next")
+    merged = f", {plural(voices, 'voice')}" if voices is not None else ""
+    print(f"labelled {plural(count, 'item')} of '{found.dataset}' by run {run}{merged}: type 'embstore centroids' next")
 
 
 @boundaries.command("undo")
@@ -172,7 +173,7 @@ def undo(run: int, settings: Settings) -> None:
         found = labels.get_run(connection, run)
         count = labels.undo(connection, found)
         catalog.record(connection, "boundaries undo", found.dataset_id, {"run": run})
-    print(f"restored the speakers of {count:,} items of '{found.dataset}'")
+    print(f"restored the speakers of {plural(count, 'item')} of '{found.dataset}'")
 
 
 @boundaries.command("eval")

@@ -15,11 +15,12 @@ from embstore.db.engine import Database
 from embstore.db.migrate import require_ready
 from embstore.progress import Display
 from embstore.settings import Settings
+from embstore.words import plural
 
 from .main import INTERRUPTED
 from .options import opened
 from .outcome import SOME_FAILED, tell, watch
-from .output import plural, write_json
+from .output import write_json
 
 
 @dataclass
@@ -80,7 +81,7 @@ class Detection:
             return watch(pending)
 
         outcome, runs = job.detect(database, self.settings, datasets, model, self.options, number, show=show)
-        tell(self._line, outcome, model=model.name, command="boundaries", unit="runs", done="finished")
+        tell(self._line, outcome, model=model.name, command="boundaries", unit="run", done="finished")
         if outcome.interrupted:
             return False
         for name, run in runs.items():
@@ -104,9 +105,9 @@ class Detection:
 
     def _say(self, summary: dict[str, Any]) -> None:
         self._line(
-            f"run {summary['run']}: {summary['boundaries']:,} boundaries, {summary['segments']:,} segments in "
-            f"'{summary['dataset']}'"
-            f" ({summary['embedded']:,} of {summary['items']:,} items have a vector)"
+            f"run {summary['run']}: {plural(summary['boundaries'], 'boundary')},"
+            f" {plural(summary['segments'], 'segment')} in '{summary['dataset']}'"
+            f" ({summary['embedded']:,} of {plural(summary['items'], 'item')} with a vector)"
         )
         for note in summary["notes"]:
             self._line(f"  {note}")

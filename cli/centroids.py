@@ -15,10 +15,11 @@ from embstore.db.migrate import require_ready
 from embstore.progress import Display
 from embstore.settings import load
 from embstore.supervise import Outcome
+from embstore.words import plural
 
 from .options import database_options, opened
 from .outcome import exit_code, log_option, tell, watch
-from .output import plural, write_json
+from .output import write_json
 
 
 @click.command("centroids")
@@ -103,7 +104,7 @@ def command(
             outcome = centroids.compute(
                 database, settings, found, datasets, options, number, show=show, parameters=parameters
             )
-            tell(line, outcome, model=found.name, command="centroids", unit="speakers", done="averaged")
+            tell(line, outcome, model=found.name, command="centroids", unit="speaker", done="averaged")
             _remark(line, outcome)
             outcomes.append((found.name, outcome))
             if outcome.interrupted:

@@ -23,10 +23,11 @@ from embstore.db.migrate import inspect, require_ready
 from embstore.db.schema import HEAD, MINIMUM_PGVECTOR, MINIMUM_SERVER
 from embstore.errors import DatabaseError, EmbstoreError, UsageError
 from embstore.settings import Settings
+from embstore.words import plural
 
 from . import dump
 from .options import opened, pass_settings
-from .output import plural, write_pairs
+from .output import write_pairs
 from .programs import programs
 
 NOT_READY = 3

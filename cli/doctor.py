@@ -9,9 +9,10 @@ import click
 
 from embstore.doctor import Finding, examine
 from embstore.settings import Settings
+from embstore.words import plural
 
 from .options import opened, pass_settings
-from .output import plural, write_json, write_rows
+from .output import write_json, write_rows
 
 NEEDS_ATTENTION = 1
 

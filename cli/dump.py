@@ -18,6 +18,7 @@ from embstore.db.engine import Database, require_session
 from embstore.db.migrate import State, inspect
 from embstore.db.schema import HEAD, SCHEMA
 from embstore.errors import DatabaseError, DatabaseNotReady, UsageError
+from embstore.words import plural
 
 from .programs import SEARCH_PATH, Programs
 
@@ -173,7 +174,7 @@ def _check_target(database: Database, force: bool) -> None:
         raise UsageError(f"workers are using the database ({at_work}): end 'embstore extract' first")
     if names and not force:
         raise UsageError(
-            f"{database} holds {len(names)} dataset{'s' if len(names) > 1 else ''} ('{names[0]}'"
+            f"{database} holds {plural(len(names), 'dataset')} ('{names[0]}'"
             f"{', …' if len(names) > 1 else ''}): restore into an empty database, or add --force to drop what it holds"
         )
 

@@ -14,9 +14,9 @@ from embstore.progress import bar
 from embstore.settings import Settings
 from embstore.transfer import export as transfer
 from embstore.transfer.table import FORMATS, Format
+from embstore.words import plural
 
 from .options import Command, pass_settings, snapshot
-from .output import plural
 
 _begin = partial(bar, words="writing", stream=sys.stderr)
 

@@ -26,6 +26,7 @@ from embstore.register import Registered
 from embstore.settings import Settings, load
 from embstore.sources import SPEAKER_FROM_CHOICES, Source, open_source
 from embstore.supervise import Outcome, check_connections
+from embstore.words import plural
 
 from . import ask
 from .model_options import model_options
@@ -229,19 +230,19 @@ class _Speaker:
 
     def registered(self, dataset: Dataset, found: Registered, source: Source) -> None:
         news = [f"{found.new:,} new", f"{found.changed:,} changed"] if found.changed else [f"{found.new:,} new"]
-        self.line(f"dataset '{dataset.name}': {found.found:,} items in {dataset.root} ({', '.join(news)})")
+        self.line(f"dataset '{dataset.name}': {plural(found.found, 'item')} in {dataset.root} ({', '.join(news)})")
         if source.ignored:
             kinds = ", ".join(f"{suffix or 'no extension'} {n:,}" for suffix, n in source.ignored.most_common(5))
             what = {"audio": "no audio", "image": "no images"}[dataset.media]
-            self.line(f"  {source.ignored.total():,} other files are {what} by their names ({kinds})")
+            self.line(f"  {plural(source.ignored.total(), 'other file')}: {what} by the name ({kinds})")
         for problem in source.problems[:_PROBLEMS_SHOWN]:
             self.line(f"  not registered: {problem}")
         if len(source.problems) > _PROBLEMS_SHOWN:
-            self.line(f"  … and {len(source.problems) - _PROBLEMS_SHOWN:,} more problems")
+            self.line(f"  … and {plural(len(source.problems) - _PROBLEMS_SHOWN, 'more problem')}")
         if found.back:
-            self.line(f"  {found.back:,} items that were not found before are there now")
+            self.line(f"  {plural(found.back, 'item')} not found before: there now")
         if found.vanished:
-            self.line(f"  {found.vanished:,} items vanished since the last scan; what is known of them is kept")
+            self.line(f"  {plural(found.vanished, 'item')} vanished since the last scan; what is known of them is kept")
 
     def plan(self, works: Sequence[Work], plan: Plan) -> None:
         for recipe, datasets in works:
@@ -251,7 +252,7 @@ class _Speaker:
             self.line("nothing is pending")
 
     def start(self, recipe: Recipe, plan: Plan, pending: int) -> Display:
-        self.line(f"embedding {pending:,} items by {recipe.name} on {_devices(plan)}")
+        self.line(f"embedding {plural(pending, 'item')} by {recipe.name} on {_devices(plan)}")
         return watch(pending)
 
     def outcome(self, recipe: Recipe, outcome: Outcome, plan: Plan) -> None:
@@ -265,4 +266,4 @@ class _Speaker:
 
 def _devices(plan: Plan) -> str:
     number = len(plan.devices)
-    return f"{number} worker{'s' if number > 1 else ''} ({', '.join(dict.fromkeys(plan.devices))})"
+    return f"{plural(number, 'worker')} ({', '.join(dict.fromkeys(plan.devices))})"

@@ -14,9 +14,9 @@ from embstore.errors import UsageError
 from embstore.forget import Proof, Trace, Vacuumed
 from embstore.progress import bar
 from embstore.settings import Settings
+from embstore.words import plural
 
 from .options import opened, pass_settings
-from .output import plural
 from .remove import agreed, yes_option
 
 

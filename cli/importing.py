@@ -28,11 +28,12 @@ from embstore.transfer.opened import open_table
 from embstore.transfer.origin import Origin, Wanted
 from embstore.transfer.reading import COMPUTED
 from embstore.transfer.table import FORMATS, Format
+from embstore.words import plural
 
 from .main import INTERRUPTED
 from .options import opened, pass_settings
 from .outcome import SOME_FAILED
-from .output import plural, write_json
+from .output import write_json
 
 
 class _Kinds(click.Group):
@@ -179,7 +180,7 @@ class _Speaker:
         if dry_run:
             self.line("dry run: nothing was imported")
             return
-        self.line(f"processed {counts.all + outcome.refused:,} vectors in {duration(outcome.seconds)}")
+        self.line(f"processed {plural(counts.all + outcome.refused, 'vector')} in {duration(outcome.seconds)}")
         for name, number in (
             ("imported", counts.imported),
             ("replaced", counts.replaced),

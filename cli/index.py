@@ -19,9 +19,10 @@ from embstore.db.migrate import require_ready
 from embstore.indexes import KINDS, PRECISIONS, Index, Kind, Plan, Precision
 from embstore.progress import PLAIN_SECONDS, duration
 from embstore.settings import Settings
+from embstore.words import plural
 
 from .options import interruptible, pass_settings, reading
-from .output import plural, write_json, write_rows
+from .output import write_json, write_rows
 
 CONNECTIONS = 2
 _LOW = 0.95

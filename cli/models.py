@@ -15,10 +15,11 @@ from embstore.errors import EmbstoreError
 from embstore.models import registry
 from embstore.recipes import Shown
 from embstore.settings import Settings, load
+from embstore.words import plural
 
 from .model_options import model_options
 from .options import database_options, pass_settings, reading, writing
-from .output import plural, write_json, write_pairs, write_rows
+from .output import write_json, write_pairs, write_rows
 
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 

@@ -9,6 +9,7 @@ import click
 
 from embstore.progress import Display, display, summary
 from embstore.supervise import Outcome
+from embstore.words import many, plural
 
 from .main import INTERRUPTED
 
@@ -38,10 +39,10 @@ def tell(line: Callable[[str], None], outcome: Outcome, *, model: str, command: 
     if outcome.tally.processed:
         line(summary(outcome.tally, outcome.seconds, unit=unit, done=done))
     elif not outcome.interrupted:
-        line(f"nothing to do: all {unit} are {done}, or have failed or been skipped before")
+        line(f"nothing to do: all {many(unit)} are {done}, or have failed or been skipped before")
     for dataset, counts in outcome.statuses.items():
         parts = " + ".join(f"{counts.get(s, 0):,} {s}" for s in ("done", "failed", "skipped", "running", "pending"))
-        line(f"'{dataset}' by {model}: {parts} = {sum(counts.values()):,} {unit}")
+        line(f"'{dataset}' by {model}: {parts} = {plural(sum(counts.values()), unit)}")
     if outcome.interrupted:
         line(f"interrupted; nothing that was finished is lost: type 'embstore {command}' to go on")
 

@@ -51,11 +51,6 @@ def write_pairs(pairs: Mapping[str, str], out: TextIO) -> None:
         out.write(f"{name:<{width}}{_GAP}{value}\n")
 
 
-def plural(count: int, noun: str) -> str:
-    """`1 item`, `1,200 items`."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
 def _write_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], out: TextIO) -> int:
     values = [list(row) for row in rows]
     cells = [[_cell(value) for value in row] for row in values]

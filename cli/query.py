@@ -19,9 +19,10 @@ from embstore.errors import UsageError
 from embstore.queue import Queue
 from embstore.reports import Progress, Refused
 from embstore.settings import Settings
+from embstore.words import plural
 
 from .options import opened, pass_settings, reading, writing
-from .output import FORMATS, plural, write_json, write_rows
+from .output import FORMATS, write_json, write_rows
 
 WATCH_SECONDS = 2.0
 

@@ -12,9 +12,9 @@ from embstore.errors import UsageError
 from embstore.progress import bar
 from embstore.removal import Counts
 from embstore.settings import Settings
+from embstore.words import plural
 
 from .options import opened, pass_settings, writing
-from .output import plural
 
 yes_option = click.option("--yes", is_flag=True, help="Do not ask.")
 

@@ -12,10 +12,11 @@ from embstore.lookup import KINDS, Asked, Embedder, Kind
 from embstore.search import OF, TIMEOUT, Hit, Of, Results
 from embstore.search import search as find
 from embstore.settings import Settings
+from embstore.words import plural
 
 from .model_options import model_options
 from .options import interruptible, opened, pass_settings
-from .output import plural, write_json, write_rows
+from .output import write_json, write_rows
 
 _WAYS = {
     "prefilter": "what the filter leaves, one by one",

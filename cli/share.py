@@ -14,9 +14,10 @@ from sqlalchemy import Connection
 from embstore import catalog, members, sharing
 from embstore.errors import UsageError
 from embstore.settings import Settings
+from embstore.words import plural
 
 from .options import opened, pass_settings, reading, writing
-from .output import FORMATS, plural, write_json, write_pairs, write_rows
+from .output import FORMATS, write_json, write_pairs, write_rows
 
 _MOST_PASSWORD = 4096
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")

@@ -15,9 +15,10 @@ from embstore import query as sql_query
 from embstore.db.migrate import require_ready
 from embstore.errors import UsageError
 from embstore.settings import Settings
+from embstore.words import plural
 
 from .options import interruptible, opened, pass_settings
-from .output import FORMATS, Vector, plural, write_rows
+from .output import FORMATS, Vector, write_rows
 
 
 @click.command()

@@ -97,7 +97,7 @@ WITH marked AS (
         status = r.status, error_code = r.code,
         error = CASE r.code WHEN 'zero_vector' THEN 'the utterances cancel each other out'
             WHEN 'too_few_utterances'
-            THEN format('%s utterances are fewer than the minimum of %s', s.utterances, :min_utterances) END,
+            THEN format('fewer utterances (%s) than the minimum (%s)', s.utterances, :min_utterances) END,
         num_utterances = s.utterances, cohesion = s.cohesion,
         lowest_item_id = s.lowest_item_id, lowest_cosine = s.lowest,
         run_id = :run_id, finished_at = clock_timestamp()

@@ -22,6 +22,7 @@ from embstore.db.engine import Database
 from embstore.db.migrate import State, inspect
 from embstore.db.schema import HEAD, MINIMUM_SERVER
 from embstore.settings import Settings
+from embstore.words import plural
 
 Level = Literal["ok", "warning", "problem"]
 
@@ -208,7 +209,8 @@ def _vectors(connection: Connection) -> list[Finding]:
         Finding(
             "vectors",
             "problem",
-            f"'{row.dataset}' by {row.model}: {row.done:,} extractions are done, {row.vectors:,} vectors are there",
+            f"'{row.dataset}' by {row.model}: {plural(row.done, 'extraction')} done,"
+            f" {plural(row.vectors, 'vector')} there",
             "rows were changed by hand: restore a backup, or remove the model and extract again",
         )
         for row in connection.execute(text(_UNEVEN))
@@ -265,7 +267,7 @@ def _bloat(connection: Connection) -> list[Finding]:
         Finding(
             "bloat",
             "warning",
-            f"embstore.{row.table}: {row.dead:,} dead rows beside {row.live:,} living ones",
+            f"embstore.{row.table}: {plural(row.dead, 'dead row')} beside {plural(row.live, 'living one')}",
             f"VACUUM embstore.{row.table}; if they stay, an old snapshot holds them",
         )
         for row in connection.execute(text(_BLOAT), {"rows": DEAD_ROWS, "share": DEAD_SHARE})

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
+from embstore.words import many, plural
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
@@ -304,19 +306,19 @@ def bar(total: int | None, words: str, stream: TextIO) -> Iterator[Callable[[int
         yield lambda more: progress.advance(task, more)
 
 
-def summary(tally: Tally, seconds: float, *, unit: str = "utterances", done: str = "embedded") -> str:
-    """The lines that end a run: `unit` is what was counted, `done` what became of those that went well."""
+def summary(tally: Tally, seconds: float, *, unit: str = "utterance", done: str = "embedded") -> str:
+    """The lines that end a run: `unit` is the noun of what was counted, `done` what became of those that went well."""
     lines = [
-        f"processed {tally.processed:,} {unit} in {duration(seconds)}",
+        f"processed {plural(tally.processed, unit)} in {duration(seconds)}",
         f"  {done:8} {tally.done:,}",
         f"  skipped  {_reasons(tally.skipped)}",
         f"  failed   {_reasons(tally.failed)}",
     ]
     if tally.processed and seconds > 0:
-        speed = f"  {tally.processed / seconds:,.1f} {unit} a second"
+        speed = f"  {tally.processed / seconds:,.1f} {many(unit)} a second"
         if tally.audio_seconds:
             speed += f", {tally.audio_seconds / seconds:,.1f} hours of audio an hour"
-        if unit == "images":
+        if unit == "image":
             speed += f", {seconds / tally.processed:.3g} s an image"
         lines.append(speed)
     return "\n".join(lines)

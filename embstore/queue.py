@@ -22,6 +22,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, TextClause, text
 
 from embstore.errors import LeaseLost
+from embstore.words import plural
 
 LEASE_SECONDS = float(os.environ.get("EMBSTORE_TEST_LEASE_SECONDS", 30))
 """How long a worker that went silent keeps its rows. By the server's clock alone: those of workers may be wrong."""
@@ -219,7 +220,7 @@ class Queue:
             return list(keys)
         before = set(self._keys(connection, _FINISHED_BEFORE, token=token, keys=literal))
         if (lost := len(keys) - marked - len(before)) > 0:
-            raise LeaseLost(f"{lost} of {len(keys)} rows belong to another worker by now")
+            raise LeaseLost(f"{lost} of {plural(len(keys), 'row')} went to another worker by now")
         return [key for key in keys if key not in before]
 
     def refuse(self, connection: Connection, token: int, refusals: Sequence[Refusal]) -> None:

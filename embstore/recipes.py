@@ -23,6 +23,7 @@ from embstore.errors import EmbstoreError, ModelError, UsageError
 from embstore.models import registry
 from embstore.models.named import Named
 from embstore.queue import at_work
+from embstore.words import plural
 
 _WHERE = ("model_dir", "variant")
 """Options that say where the weights are. One that is given takes the place of any that is kept."""
@@ -157,7 +158,7 @@ def remove(connection: Connection, name: str, *, with_vectors: bool) -> int:
     shown = show(connection, name)
     if shown.vectors and not with_vectors:
         raise UsageError(
-            f"there are {shown.vectors:,} vectors by model '{name}': add --with-vectors to remove them, and all"
+            f"model '{name}' has {plural(shown.vectors, 'vector')}: add --with-vectors to remove them too, and all"
             " that was computed from them"
         )
     model_id = catalog.get_model(connection, name).model_id

@@ -13,6 +13,7 @@ import numpy as np
 
 from embstore.boundaries.partition import Partition, Place, Segment, gain
 from embstore.boundaries.stream import Floats
+from embstore.words import plural
 
 OUTRIGHT = 2000
 """Places up to which the optimum is computed outright."""
@@ -61,7 +62,7 @@ class Pool:
             segments, hit = _by_penalty(start, self._places, self._end, self._segments, self._least)
             words = "the best partition at the candidates" if hit else "a good partition; no penalty has just so many"
         if len(segments) != self._segments:
-            words = f"no more than {len(segments)} segments of {self._least} files fit"
+            words = f"no more than {plural(len(segments), 'segment')} of {plural(self._least, 'file')} fit"
         return segments, words
 
 

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from embstore.boundaries.chain import Chain, Cut
 from embstore.boundaries.stream import SMALLEST, Floats, dimensions, due
+from embstore.words import plural
 
 SHORT = 6.0
 """A cut beside 6 files must save twice what one between long segments must."""
@@ -116,7 +117,9 @@ def _look_inside(choice: Choice, fine: Chain, inside: Inside, total: int) -> flo
     if not _is_above(chain, fine, used):
         choice.notes.append(f"{words}, but the segments differ like speakers: they stay as they are")
         return 1.0
-    choice.notes.append(f"{words}: cuts must save as many times as much, {len(fine)} segments became {len(chain)}")
+    choice.notes.append(
+        f"{words}: cuts must save as many times as much, {plural(len(fine), 'segment')} became {len(chain)}"
+    )
     choice.chain = chain
     choice.gone += gone
     return used

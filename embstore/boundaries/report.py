@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from embstore.boundaries import folders
 from embstore.boundaries.result import Result
+from embstore.words import plural
 
 PICTURE = "boundary_detection_visualization.png"
 SUMMARY = "speaker_boundary_detection_result.json"
@@ -112,7 +113,7 @@ def draw(result: Result, total: int, path: Path, *, title: str) -> None:
     figure = Figure(figsize=(15, 3.4 * rows), layout="constrained", dpi=110)
     axes = figure.subplots(rows, 1)
     confidences = np.array([b.confidence for b in result.boundaries])
-    figure.suptitle(f"{title}: {len(result.boundaries):,} boundaries in {total:,} items")
+    figure.suptitle(f"{title}: {plural(len(result.boundaries), 'boundary')} in {plural(total, 'item')}")
     _overview(axes[0], result, total, crowded=crowded)
     _lengths(axes[1], result, total)
     if crowded:

@@ -16,9 +16,10 @@ from embstore.models.base import Recipe
 from embstore.models.named import Named
 from embstore.register import Registered
 from embstore.sources import Source
+from embstore.words import many
 
 DEFAULT_MODELS = {"audio": "resemblyzer", "image": "statistical"}
-UNITS = {"audio": "utterances", "image": "images"}
+UNITS = {"audio": "utterance", "image": "image"}
 
 Work = tuple[Recipe, list[Dataset]]
 """A model, and the datasets that it is to embed what is pending of."""
@@ -63,7 +64,7 @@ def register(
     except UsageError as error:
         other = "image" if recipe.media == "audio" else "audio"
         if source.ignored.keys() & extensions.BY_MEDIA[other]:
-            raise UsageError(f"{error}; for {UNITS[other]}, type --media {other}") from None
+            raise UsageError(f"{error}; for {many(UNITS[other])}, type --media {other}") from None
         raise
     return (recipe, [dataset]), found, source
 

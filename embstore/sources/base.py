@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from embstore.errors import UsageError
+from embstore.words import plural
 
 Kind = Literal["folder", "manifest", "kaldi"]
 
@@ -85,7 +86,7 @@ class Source(ABC):
         if not self.problems:
             return ""
         count = len(self.problems)
-        return f" ({count} problem{'s' if count > 1 else ''}, first: {self.problems[0]})"
+        return f" ({plural(count, 'problem')}, first: {self.problems[0]})"
 
 
 LONGEST = 2500

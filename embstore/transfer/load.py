@@ -24,6 +24,7 @@ from embstore.transfer.checked import Checked, Names, Part
 from embstore.transfer.incoming import Counts, Place, compare, take_in
 from embstore.transfer.origin import Origin, Wanted
 from embstore.transfer.reading import Reader, Spot
+from embstore.words import plural
 
 Begin = Callable[[str, int | None], AbstractContextManager[Callable[[int], None]]]
 """Shows progress: told what is done and with how many rows, if that is known; then how many more are done."""
@@ -162,8 +163,8 @@ def _survey(
         refused.require_none()
         if reader.rows not in (None, counts.all + refused.count) and not options.skip_bad:
             raise UsageError(
-                f"the file says that it has {reader.rows:,} vectors, and holds {counts.all:,}: it is not whole, and"
-                " nothing was imported; add --skip-bad to import what there is"
+                f"the file says that it has {plural(reader.rows or 0, 'vector')}, and holds {counts.all:,}: it is not"
+                " whole, and nothing was imported; add --skip-bad to import what there is"
             )
         names.require_different(reader, Checked(reader, found.under, lambda _spot: None).parts())
     if not counts.all:

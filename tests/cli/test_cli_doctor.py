@@ -54,7 +54,7 @@ def test_rows_of_a_worker_that_is_gone(store: Database, cli: Cli) -> None:
 def test_vectors_that_were_deleted_by_hand(store: Database, cli: Cli) -> None:
     execute(store, "DELETE FROM embstore.embedding WHERE item_id = (SELECT min(item_id) FROM embstore.embedding)")
     [(level, found, _)] = findings(cli, 1)["vectors"]
-    assert (level, found) == ("problem", "'calls' by small: 4 extractions are done, 3 vectors are there")
+    assert (level, found) == ("problem", "'calls' by small: 4 extractions done, 3 vectors there")
 
 
 def test_partitions_without_a_model_and_a_model_without_a_partition(store: Database, cli: Cli) -> None:

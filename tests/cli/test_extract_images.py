@@ -28,7 +28,7 @@ def finish(command: Command, code: int) -> str:
 def test_a_folder_of_pictures_once_and_nothing_the_second_time(start: Start, photos: Path, watcher: Watcher) -> None:
     out = finish(start("extract", "photos", "--media", "image", "--workers", "2"), 1)
     assert f"dataset 'photos': {COUNT} items" in out
-    assert "1 other files are no images by their names (.txt 1)" in out
+    assert "1 other file: no images by the name (.txt 1)" in out
     assert f"processed {COUNT} images in" in out
     assert " images a second, " in out
     assert " s an image" in out

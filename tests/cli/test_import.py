@@ -197,7 +197,7 @@ def test_imported_items_whose_files_turn_up_are_not_embedded_again(
     assert result.exit_code == 0, result.output
     assert "4 items in" in result.stdout
     assert "(1 new)" in result.stdout
-    assert "embedding 1 items by statistical" in result.stdout
+    assert "embedding 1 item by statistical" in result.stdout
     stored = ask(
         database,
         "SELECT e.embedding::real[] FROM embstore.embedding e JOIN embstore.item i USING (dataset_id, item_id)"

@@ -441,7 +441,7 @@ def test_another_minimum_judges_again_only_whom_it_concerns(crowd: Crowd) -> Non
     before = store.bits()
     assert touched(store, min_utterances=3) == {"dan"}
     assert store.column("(status, error_code)::text")["dan"] == "(skipped,too_few_utterances)"
-    assert store.column("error")["dan"] == "1 utterances are fewer than the minimum of 3"
+    assert store.column("error")["dan"] == "fewer utterances (1) than the minimum (3)"
     assert "dan" not in store.bits()
     assert touched(store, min_utterances=3) == set()
     assert touched(store, min_utterances=4) == {"ann", "bob", "cem"}

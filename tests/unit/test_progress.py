@@ -169,7 +169,7 @@ def test_the_summary_names_every_reason_with_its_number() -> None:
         "  failed   1 (decode_error 1)",
         "  12.1 utterances a second, 72.0 hours of audio an hour",
     ]
-    assert summary(Tally(), 0.0, unit="speakers", done="averaged").splitlines() == [
+    assert summary(Tally(), 0.0, unit="speaker", done="averaged").splitlines() == [
         "processed 0 speakers in 0.0 s",
         "  averaged 0",
         "  skipped  0",
