@@ -131,7 +131,7 @@ class Home:
                 ) from None
             return False
         except PermissionError:
-            owner = user_name(self.data.stat().st_uid)
+            owner = user_name(self.folder.stat().st_uid)  # of the data it may be the account that root runs it under
             raise UsageError(
                 f"the database in {self.data} belongs to user {owner}; run embstore as {owner}, "
                 "or set EMBSTORE_HOME to a folder of yours"
