@@ -213,6 +213,23 @@ def test_another_user_of_the_machine_is_told_so_in_one_line(home: Path, words: t
     assert embedded.status(home).running
 
 
+@needs_root
+def test_a_home_behind_a_closed_folder_is_nobody_else_s(home: Path) -> None:
+    closed = home.with_name("closed")
+    closed.mkdir(mode=0o700)
+    for words in (("db", "status"), ("db", "up"), ("status",)):
+        typed = stranger("embstore(sys.argv[2:])", *words, "--home", str(closed / "home"))
+        said = f"error: cannot get to {closed}/home: Permission denied; set EMBSTORE_HOME to a folder of yours\n"
+        assert (typed.returncode, typed.stderr) == (2, said)
+
+
+def test_links_in_a_circle_lead_to_no_home(tmp_path: Path) -> None:
+    for link, target in (("a", "b"), ("b", "a")):
+        (tmp_path / link).symlink_to(target)
+    with pytest.raises(UsageError, match=r"(?i)links.*; .*set EMBSTORE_HOME to a folder of yours$"):
+        embedded.ensure_running(tmp_path / "a" / "home")
+
+
 def test_the_command_line(home: Path, typed: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     port = free_port()
     refused = typed("db", "up", "--listen", f"0.0.0.0:{port}")
