@@ -157,7 +157,7 @@ def test_everybody_else_types_the_name_alone(database: Database, cli: Cli, tmp_p
 def test_removing_takes_all_that_was_computed_and_nothing_else(store: Database, cli: Cli) -> None:
     assert cli("models", "add", "bands", "--family", "statistical").exit_code == 0
     assert cli("centroids").exit_code == 0
-    assert "there are 4 vectors by model 'small': add --with-vectors" in line_of(cli("models", "remove", "small"), 2)
+    assert "model 'small' has 4 vectors: add --with-vectors" in line_of(cli("models", "remove", "small"), 2)
     result = cli("models", "remove", "small", "--with-vectors")
     assert result.stdout == "model 'small' is removed, with 4 vectors\n", result.output
     assert {name for name, one in listed(cli).items() if one["stored"]} == {"bands"}
