@@ -174,6 +174,8 @@ def end_to_end(settings: Settings, made: Recipe, folder: Path, name: str, plan: 
     commits = [(moment, one.tally.processed) for moment, (_, one) in messages if isinstance(one, Committed)]
     assert sum(count for _, count in commits) == registered.found
     timed = sum(count for moment, count in commits if moment > begin)
+    if not timed:  # so few items that nothing was left for the last worker
+        begin, timed = min(moment for moment, _ in leases), registered.found
     used = sum(used for _, (used, one) in messages if isinstance(one, Ended)) - sum(used for _, used in leases)
     return (commits[-1][0] - begin) * registered.found / timed, used
 

@@ -19,6 +19,7 @@ SMALL = {
     "images": ["--items", "12", "--rounds", "1", "--width", "200"],
     "register": ["--items", "3000", "--rounds", "1"],
     "sharing": ["--items", "2000", "--rounds", "1"],
+    "search": ["--items", "3000", "--rounds", "1", "--queries", "3", "--part", "filters"],
     "startup": ["--rounds", "1"],
     "transfer": ["--items", "1000", "--rounds", "1"],
     "write": ["--items", "600", "--rounds", "2"],
@@ -109,6 +110,15 @@ def test_the_benchmark_for_gpus_runs_on_a_processor() -> None:
     lines = part.split("\n\n")[0].splitlines()
     assert [line.split(",")[0].strip() for line in lines] == ["one by one", "bare", "embed", "files"]
     assert "masked" in lines[1]
+
+
+def test_the_benchmark_of_wespeaker_runs_without_the_package(test_data: Path) -> None:
+    model = test_data / "wespeaker-golden" / "model" / "model.onnx"
+    words = [sys.executable, BENCHMARKS / "wespeaker_cpu.py", model, "--without-package"]
+    words += ["--items", "4", "--rounds", "1", "--data", test_data / "speech"]
+    result = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "two workers' speed / one's: " in result.stdout
 
 
 def test_the_extraction_benchmark_prints_its_ratio(test_data: Path) -> None:
