@@ -153,6 +153,14 @@ def _by_sql(connection: Connection, name: str) -> int | str:
             return str(error.orig.diag.message_primary).split(":")[0]  # type: ignore[union-attr]
 
 
+def test_no_team_takes_a_name_under_which_a_dataset_would_seem_to_be_its(store: Store, people: People) -> None:
+    name = people.name("corpora")
+    with store.owner.begin() as connection:
+        fill(connection, 1, dataset=f"{name}/train")
+    with pytest.raises(UsageError, match=f"dataset '{name}/train' would seem to be one of team '{name}'"):
+        people.team("corpora")
+
+
 def test_every_view_tells_them_apart(store: Store) -> None:
     views = ask(
         store.owner,
