@@ -48,7 +48,8 @@ test: $(INSTALLED) ## run the tests on a real PostgreSQL, which comes along
 
 soak: $(INSTALLED) ## every fault at every point, and the queue against its model, at length
 	EMBSTORE_TEST_SOAK=1 $(BIN)/python -m pytest -n auto --dist loadfile tests/crash \
-		tests/integration/test_queue_model.py tests/unit/test_fuzz.py
+		tests/integration/test_queue_model.py tests/integration/test_sharing_injection.py \
+		tests/unit/test_fuzz.py tests/unit/test_unpickle.py
 
 lint: $(INSTALLED) ## style
 	$(BIN)/python -m ruff check .

@@ -23,7 +23,7 @@ from embstore.register import register
 from embstore.search import search
 from embstore.sources.base import unstorable
 
-EXAMPLES = 300 if "EMBSTORE_SOAK" in os.environ else 20
+EXAMPLES = 300 if "EMBSTORE_TEST_SOAK" in os.environ else 20
 hostile = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 PIECES = [
