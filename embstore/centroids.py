@@ -281,7 +281,7 @@ def compute(
         tasks = tuple((dataset_id, run_id, limits[dataset_id]) for dataset_id, run_id in runs.items())
         return [Job(settings, model.model_id, tasks, options.min_utterances)] * number
 
-    run = Run(database, "centroids", model.model_id, shares, parameters)
+    run = Run(database, "centroids", model.model_id, shares, parameters, each=CONNECTIONS_A_WORKER)
     return run.go(work, jobs, show=lambda pending: show(pending, number))
 
 

@@ -12,21 +12,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, text
 
 from embstore import catalog
 from embstore.catalog import Dataset
-from embstore.db.engine import Database, set_local
+from embstore.db.engine import Database, is_pooled, set_local
 from embstore.errors import DatabaseError, UsageError
 from embstore.progress import Display, Tally
 from embstore.queue import Queue, end_lease
 from embstore.settings import Settings
 from embstore.waits import Waits
+from embstore.words import plural
 from embstore.workers import Channel, Crew
 
 PARENT_CONNECTIONS = 1
 """What the supervising process takes of DB_MAX_CONNECTIONS."""
 _POLL_SECONDS = 2.0
+_LIMIT = "SELECT rolconnlimit FROM pg_roles WHERE rolname = current_user AND rolconnlimit >= 0 AND NOT rolsuper"
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,18 @@ def check_connections(settings: Settings, workers: int, each: int = 1) -> None:
         )
 
 
+def check_login(connection: Connection, workers: int, each: int) -> None:
+    """Raise UsageError if the login may not hold so many connections; behind a pooler, that is the pooler's to sort."""
+    limit = connection.execute(text(_LIMIT)).scalar()
+    needed = workers * each + PARENT_CONNECTIONS
+    if limit is None or needed <= limit or is_pooled(connection):
+        return
+    raise UsageError(
+        f"{plural(workers, 'worker')} and the command need {needed} database connections, and the server lets this"
+        f" login have {limit}: type --workers {max(1, (limit - PARENT_CONNECTIONS) // each)}, or ask for more"
+    )
+
+
 def _processor_seconds() -> float:
     """What child processes that have ended took of the cores."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -111,9 +125,18 @@ class Run:
     """One command at work on the shares of one model."""
 
     def __init__(
-        self, database: Database, command: str, model_id: int, shares: Sequence[Share], parameters: Mapping[str, Any]
+        self,
+        database: Database,
+        command: str,
+        model_id: int,
+        shares: Sequence[Share],
+        parameters: Mapping[str, Any],
+        *,
+        each: int = 1,
     ) -> None:
+        """`each` is how many connections a worker may hold."""
         self._database = database
+        self._each = each
         self._command = command
         self._model_id = model_id
         self._shares = {share.dataset.dataset_id: share for share in shares}
@@ -149,6 +172,8 @@ class Run:
             status = "failed"
             self._display = show(self._remaining)
             try:
+                with self._database.begin() as connection:
+                    check_login(connection, len(crew_jobs), self._each)
                 with self._display:
                     self._note_start(runs, len(crew_jobs))
                     status = "done" if self._watch(target, crew_jobs, environ) else "interrupted"

@@ -126,7 +126,8 @@ def detect(
         runs = {d.name: _begin(connection, d.dataset_id, model.model_id, options) for d in datasets}
     shares = [Share(d, boundary_queue(d.dataset_id, model.model_id)) for d in datasets]
     job = Job(settings, model.model_id, tuple(d.dataset_id for d in datasets))
-    run = Run(database, "boundaries", model.model_id, shares, {"method": options.method, **options.parameters()})
+    parameters = {"method": options.method, **options.parameters()}
+    run = Run(database, "boundaries", model.model_id, shares, parameters, each=CONNECTIONS)
     return run.go(work, lambda _runs: [job] * workers, show=show, environ={}), runs
 
 

@@ -49,6 +49,8 @@ _REFUSES = re.compile(
     r"|(role|database) \".*\" does not exist|permission denied for database"
     r"|certificate verify failed|does not match host name|root certificate file|server does not support SSL"
 )
+# Nor does it where it has no room for one more session.
+_FULL = re.compile(r"too many (connections|clients)|connection slots are reserved")
 
 
 class Database:
@@ -176,6 +178,10 @@ class Database:
             )
         if code == "42501":
             return DatabaseError(f"{words}: ask the owner of the database for that right")
+        if code == "57014" and "statement timeout" in words:
+            return DatabaseError(f"{words}, which 'embstore whoami' shows: ask for less at a time, or for more time")
+        if code == "53300" or _FULL.search(words):
+            return DatabaseUnavailable(f"{self} lets nobody else in ({words}): end other commands, or wait for them")
         # InterfaceError: the rollback on a connection that was cut has taken the place of the first error.
         if code is None and isinstance(cause, psycopg2.OperationalError | psycopg2.InterfaceError):
             return DatabaseUnavailable(

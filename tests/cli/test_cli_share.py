@@ -247,3 +247,35 @@ def test_a_backup_brings_teams_back_where_their_roles_are(
     address = make_url(bare_url).set(username=teams["ann"]).render_as_string(hide_password=False)
     assert datasets(cli_at(address)) == ["calls"]
     there("sql", "--write", "drop schema embstore cascade")
+
+
+def test_a_login_is_held_to_its_limits_and_told_so(
+    teams: dict[str, str], people: People, cli: Cli, cli_at: CliAt
+) -> None:
+    made = cli("team", "add-member", teams["b"], teams["bob"], "--reader", "--statement-timeout", "200ms")
+    assert made.exit_code == 0, made.output
+    bob = cli_at(people.address(teams["bob"]))
+    slow = bob("sql", "select pg_sleep(60)")
+    assert slow.exit_code == 3
+    assert slow.stderr.startswith("error: canceling statement due to statement timeout, which 'embstore whoami' shows")
+    assert "statement timeout  200ms" in bob("whoami").stdout
+    held = [people.connect(teams["bob"]) for _ in range(3)]  # as many as he may have
+    with held[0].begin(), held[1].begin(), held[2].begin():
+        full = bob("status")
+    assert (full.exit_code, full.stderr.count("\n")) == (3, 1)
+    assert f'too many connections for role "{teams["bob"]}"): end other commands' in full.stderr
+    assert bob("status").exit_code == 0
+
+
+def test_more_workers_than_the_login_may_have_are_refused_before_they_start(
+    teams: dict[str, str], people: People, cli: Cli, cli_at: CliAt
+) -> None:
+    assert cli("team", "add-member", teams["a"], teams["ann"], "--writer", "--connections", "4").exit_code == 0
+    ann = cli_at(people.address(teams["ann"]))
+    refused = ann("centroids", "--workers", "2")
+    assert (refused.exit_code, refused.stderr.count("\n")) == (2, 1), refused.output
+    assert "2 workers and the command need 5 database connections, and the server lets this login have 4" in (
+        refused.stderr
+    )
+    assert "type --workers 1" in refused.stderr
+    assert "averaged 2" in ann("centroids", "--workers", "1").stdout
