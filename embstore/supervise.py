@@ -109,9 +109,10 @@ def check_login(connection: Connection, workers: int, each: int) -> None:
     needed = workers * each + PARENT_CONNECTIONS
     if limit is None or needed <= limit or is_pooled(connection):
         return
+    fewer = (limit - PARENT_CONNECTIONS) // each
     raise UsageError(
         f"{plural(workers, 'worker')} and the command need {needed} database connections, and the server lets this"
-        f" login have {limit}: type --workers {max(1, (limit - PARENT_CONNECTIONS) // each)}, or ask for more"
+        f" login have {limit}: {f'type --workers {fewer}, or ' if fewer > 0 else ''}ask for more"
     )
 
 
