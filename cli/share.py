@@ -313,9 +313,13 @@ def history(dataset: str | None, login: str | None, limit: int, form: str, setti
     if form != "table":
         write_rows(sharing.Event._fields, found, form, sys.stdout)
         return
-    columns = ("at", "login", "command", "dataset", "model", "status", "seconds", "done", "host")
-    rows = [
-        (e.at, e.login, e.command, e.dataset, e.model, e.status, e.seconds, e.counts.get("done"), e.host) for e in found
-    ]
+    columns = ("at", "login", "command", "dataset", "model", "status", "seconds", "what", "host")
+    rows = [(e.at, e.login, e.command, e.dataset, e.model, e.status, e.seconds, _what(e), e.host) for e in found]
     write_rows(columns, rows, "table", sys.stdout)
     click.echo(f"({plural(len(found), 'command')})", err=True)
+
+
+def _what(event: sharing.Event) -> str:
+    """What a run counted, in a few words: each whole number that is not 0, and the sum over reasons."""
+    counts = {name: sum(n.values()) if isinstance(n, dict) else n for name, n in event.counts.items()}
+    return ", ".join(f"{number:,} {name}" for name, number in counts.items() if number and isinstance(number, int))

@@ -89,9 +89,9 @@ WHERE l.locktype = 'transactionid' AND l.granted AND a.usename = current_user
     AND l.transactionid = ANY (ARRAY(SELECT xmax FROM {table} WHERE {abandoned}))
 """
 
-# Without RETURNING, and with the keys as one literal instead of an expression for each, it takes 0.7 of the time. Nobody
-# waits for the disk: what a crash of the server takes back is done again, as the result and its status go together,
-# and the commit that notes the end of the run waits for all before it.
+# Without RETURNING, and with the keys as one literal instead of an expression for each, it takes 0.7 of the time.
+# Nobody waits for the disk: what a crash of the server takes back is done again, as the result and its status go
+# together, and the commit that notes the end of the run waits for all before it.
 _FINISH = """
 SET LOCAL synchronous_commit = off;
 UPDATE {table} SET status = 'done', finished_at = clock_timestamp()

@@ -139,6 +139,9 @@ def test_json_adds_up(start: Start, sound: Path) -> None:
     assert summary["failed"] == {"model_error": 1, "decode_error": 1}
     assert summary["processed"] == summary["embedded"] + 2 == 22
     assert sum(worker["processed"] for worker in summary["workers"]) == 22
+    history = start("history")
+    assert history.wait() == 0
+    assert "2 failed, 20 embedded, 22 processed" in history.out
     assert summary["audio_seconds"] == pytest.approx(20 * 0.2)
 
 
