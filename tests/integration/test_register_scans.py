@@ -40,7 +40,9 @@ class Plain:
                 known = Known(found)
             else:
                 old, size_known = known.entry, found.size is not None
-                file_changed = size_known and (found.size, found.mtime_ns) != (old.size, old.mtime_ns)
+                # The first file that is seen is the one that the vectors, imported perhaps, were made of.
+                is_first = old.size is None
+                file_changed = size_known and not is_first and (found.size, found.mtime_ns) != (old.size, old.mtime_ns)
                 if file_changed or found.duration != old.duration:
                     changed += 1
                     known.done = False
