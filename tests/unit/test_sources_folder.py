@@ -192,10 +192,12 @@ def unprivileged() -> Iterator[None]:
 
 
 @pytest.fixture
-def locked(open_folder: Path) -> Path:
+def locked(open_folder: Path) -> Iterator[Path]:
     make(open_folder, "a/1.wav", "b/2.wav", "c/3.wav")
     (open_folder / "b").chmod(0)
-    return open_folder
+    yield open_folder
+    for folder in (open_folder, open_folder / "b"):
+        folder.chmod(0o755)
 
 
 @pytest.mark.usefixtures("locked", "unprivileged")

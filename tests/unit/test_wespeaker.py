@@ -337,7 +337,8 @@ def test_fingerprint_is_of_weights_and_preprocessing(tmp_path: Path) -> None:
         {"vad": "on"},
     ]
     prints = {recipe({"model_dir": str(ONNX), **options}).fingerprint() for options in others}
-    folder = shutil.copytree(GOLDEN / "model", tmp_path / "model")
+    # Without the permissions of the files, which may be read-only.
+    folder = shutil.copytree(GOLDEN / "model", tmp_path / "model", copy_function=shutil.copyfile)
     prints.add(recipe({"model_dir": str(folder)}).fingerprint())
     (folder / "avg_model.pt").write_bytes((folder / "avg_model.pt").read_bytes() + b"x")
     prints.add(recipe({"model_dir": str(folder)}).fingerprint())
