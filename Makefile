@@ -3,8 +3,10 @@
 
 # An interpreter of your choice: make venv PYTHON=/path/to/python3.12
 PYTHON ?=
-# Arguments for pytest, by default one process a core: make test ARGS="-x tests/unit"
-ARGS ?= -n auto --dist loadfile
+# Arguments for pytest, by default one process a core: make test ARGS="-x tests/unit". A process that dies ends the run:
+# with another in its place pytest-xdist may wait for ever for what it had already done.
+SPREAD := -n auto --dist loadfile --max-worker-restart 0
+ARGS ?= $(SPREAD)
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -47,7 +49,7 @@ test: $(INSTALLED) ## run the tests on a real PostgreSQL, which comes along
 	$(BIN)/python -m pytest $(ARGS)
 
 soak: $(INSTALLED) ## every fault at every point, and the queue against its model, at length
-	EMBSTORE_TEST_SOAK=1 $(BIN)/python -m pytest -n auto --dist loadfile tests/crash \
+	EMBSTORE_TEST_SOAK=1 $(BIN)/python -m pytest $(SPREAD) -o faulthandler_timeout=7200 tests/crash \
 		tests/integration/test_queue_model.py tests/integration/test_sharing_injection.py \
 		tests/unit/test_fuzz.py tests/unit/test_unpickle.py
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Iterator
@@ -19,6 +20,10 @@ from embstore.db import embedded, migrate
 from embstore.db.engine import Database
 from embstore.db.home import Home, is_free
 from embstore.settings import NAMES, Settings, load
+
+# A shell starts what runs in its background with SIGINT ignored, and so would be all that the tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TEMPLATE = "embstore_template"
 _numbers = itertools.count(1)
