@@ -111,6 +111,24 @@ def test_the_default_takes_what_the_processor_has() -> None:
     assert not np.array_equal(rows[0], rows[2])
 
 
+SIGNALLED = """
+import os, signal, sys
+from embstore.models.wespeaker import recipe
+load = lambda: recipe({"model_dir": sys.argv[1], "runtime": "openvino", "precision": "fp32"}).load("cpu")
+models = [load(), load()]
+while models:
+    del models[0]
+signal.signal(signal.SIGUSR1, lambda *_: print("heard"))
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+
+
+@needs_openvino
+def test_signals_are_heard_when_models_are_gone() -> None:
+    result = subprocess.run([sys.executable, "-c", SIGNALLED, ONNX], capture_output=True, text=True, check=False)
+    assert (result.stdout, result.returncode) == ("heard\n", 0), result.stderr
+
+
 def test_batches_and_order_make_no_difference(model: Wespeaker, tmp_path: Path) -> None:
     lengths = [0.4, 1.0, 0.7, 1.0, 2.0, 1.0, 0.7, 0.31]
     paths = [write(tmp_path / f"{i}.wav", noise(seconds, i)) for i, seconds in enumerate(lengths)]

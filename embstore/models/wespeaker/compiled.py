@@ -11,6 +11,7 @@ that have are remembered: 0.9 MB each, for some 400 of them.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import warnings
 from collections.abc import Iterator, Sequence
@@ -63,14 +64,22 @@ def of_module(module: torch.nn.Module, bins: int, dtype: str, threads: int) -> C
 
 def of_graph(file: Path, dtype: str, threads: int) -> Compiled:
     """An ONNX file, compiled in `f32` or `bf16`. What goes wrong in there may be any exception."""
+    return Compiled([_compile(_core().read_model(file), dtype, threads)])
+
+
+@functools.cache
+def _core() -> Any:
+    """The only one of this process, which stays.
+
+    Each gives its thread a stack for handling signals. When several go, not the last one first, the thread is left with
+    a stack that is gone: the next signal, be it Ctrl+C or the end of a child, would kill the process without a word.
+    """
     import openvino
 
-    return Compiled([_compile(openvino.Core().read_model(file), dtype, threads)])
+    return openvino.Core()
 
 
 def _compile(model: Any, dtype: str, threads: int) -> Any:
-    import openvino
-
     options = {
         "INFERENCE_PRECISION_HINT": dtype,
         "INFERENCE_NUM_THREADS": threads,
@@ -78,7 +87,7 @@ def _compile(model: Any, dtype: str, threads: int) -> Any:
         # Several workers would all be bound to the same cores.
         "ENABLE_CPU_PINNING": False,
     }
-    return openvino.Core().compile_model(model, "CPU", options)
+    return _core().compile_model(model, "CPU", options)
 
 
 def _converted(module: torch.nn.Module, bins: int) -> list[Any]:
