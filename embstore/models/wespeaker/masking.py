@@ -1,9 +1,11 @@
 """Batches of mixed lengths whose padding leaks nowhere: each row comes out as if it were alone.
 
 Zero-padding alone does leak: biases and batch norms make something of the zeros, the next convolution carries it over
-the edge, and pooling averages it in (cosine 0.98 at a quarter of padding). So the padded frames are set to zero again
-at the input of every convolution that sees more than one frame, and whatever averages over time is replaced by the
-same over the valid frames. WeSpeaker's code is not touched: hooks and methods are set on the loaded modules.
+the edge, and pooling averages it in (cosine 0.98 at a quarter of padding). So at the input of every convolution those
+padded frames are set to zero again that a valid frame of its output sees: as many as the convolution itself adds at the
+end, one for a kernel of three. (To set all of the padding to zero takes a GPU as long as the convolutions do.) Whatever
+averages over time is replaced by the same over the valid frames. WeSpeaker's code is not touched: hooks and methods are
+set on the loaded modules.
 
 How many frames of a row are valid follows from its length by each convolution's own formula; the number of frames in
 a tensor tells how far down it is. Modules are known by the names of their classes in wespeaker.models.
@@ -26,7 +28,9 @@ class Mask:
         import torch
 
         self._lengths: dict[int, torch.Tensor] = {}  # by frames of the padded tensor, as is the next
+        self._shortest: dict[int, int] = {}
         self._padding: dict[int, torch.Tensor] = {}
+        self._edges: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         for child in module.modules():
             name = type(child).__name__
             if isinstance(child, torch.nn.Conv1d | torch.nn.Conv2d):
@@ -36,10 +40,15 @@ class Mask:
             elif type(child).__module__.endswith(".pooling_layers"):
                 raise NotImplementedError(f"pooling by {name}")
 
-    def start(self, lengths: torch.Tensor | None, width: int) -> None:
-        """A batch comes: the frames of each row, int64 [rows], all padded to `width`; None: nothing is padded."""
+    def start(self, lengths: torch.Tensor | None, width: int, shortest: int = 0) -> None:
+        """A batch comes: the frames of each row, int64 [rows], all padded to `width`; None: nothing is padded.
+
+        What lies before `shortest` is known to be no padding, and is left alone.
+        """
         self._lengths = {} if lengths is None else {width: lengths}
+        self._shortest = {width: shortest}
         self._padding = {}
+        self._edges = {}
 
     def lengths(self, x: torch.Tensor) -> torch.Tensor:
         """Valid frames of each row of x [rows, …, frames]: int64 [rows]."""
@@ -50,11 +59,11 @@ class Mask:
         return torch.full((x.shape[0],), frames, device=x.device) if found is None else found
 
     def zeroed(self, x: torch.Tensor) -> torch.Tensor:
-        """x [rows, …, frames] with zeros where it is padding."""
+        """x [rows, …, frames] with zeros where it is padding, in place."""
         return self.filled(x, 0.0)
 
     def filled(self, x: torch.Tensor, value: float) -> torch.Tensor:
-        """x [rows, …, frames] with `value` where it is padding."""
+        """x [rows, …, frames] with `value` where it is padding, in place."""
         import torch
 
         frames = x.shape[-1]
@@ -62,7 +71,26 @@ class Mask:
             return x
         if frames not in self._padding:
             self._padding[frames] = torch.arange(frames, device=x.device) >= self._lengths[frames][:, None]
-        return x.masked_fill(self._padding[frames].view(x.shape[0], *[1] * (x.dim() - 2), frames), value)
+        begin = self._shortest[frames]
+        padding = self._padding[frames][:, begin:]
+        x[..., begin:].masked_fill_(padding.view(x.shape[0], *[1] * (x.dim() - 2), frames - begin), value)
+        return x
+
+    def _clear_edge(self, x: torch.Tensor, seen: int) -> None:
+        """Set the first `seen` padded frames of each row of x [rows, …, frames] to zero, in place."""
+        import torch
+
+        frames = x.shape[-1]
+        if (frames, seen) not in self._edges:
+            lengths = self._lengths[frames][:, None]
+            # A row with fewer padded frames than that has its last frame again: as it is, if there is no padding.
+            places = (lengths + torch.arange(seen, device=x.device)).clamp(max=frames - 1)
+            rows = torch.arange(x.shape[0], device=x.device)[:, None]
+            self._edges[frames, seen] = rows, places, places < lengths
+        rows, places, valid = self._edges[frames, seen]
+        by_frame = x.movedim(-1, 1)
+        kept = by_frame[rows, places]
+        by_frame[rows, places] = kept.masked_fill_(~valid.view(*valid.shape, *[1] * (kept.dim() - 2)), 0.0)
 
     def mean(self, x: torch.Tensor) -> torch.Tensor:
         """Mean over the valid frames: float32 [rows, …]."""
@@ -77,17 +105,20 @@ class Mask:
         # Never in bfloat16, which has no 1261.
         return self.lengths(x).view(-1, *[1] * (x.dim() - 2)).float()
 
-    def _before_convolution(self, module: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+    def _before_convolution(self, module: Any, args: tuple[torch.Tensor, ...]) -> None:
         (x,) = args
         if not self._lengths or x.shape[-1] not in self._lengths:
-            return None
+            return
         kernel, stride, dilation = module.kernel_size[-1], module.stride[-1], module.dilation[-1]
         reach = dilation * (kernel - 1)
         added = _added(module.padding, reach)
         frames = (x.shape[-1] + added - reach - 1) // stride + 1
         if frames not in self._lengths:
             self._lengths[frames] = (self._lengths[x.shape[-1]] + added - reach - 1) // stride + 1
-        return None if kernel == 1 else (self.zeroed(x),)
+            self._shortest[frames] = max(0, (self._shortest[x.shape[-1]] + added - reach - 1) // stride + 1)
+        # What is added at the end is at most half of it; a frame too many does no harm.
+        if added > 0:
+            self._clear_edge(x, min((added + 1) // 2, x.shape[-1]))
 
 
 def _added(padding: str | tuple[int, ...], reach: int) -> int:
@@ -168,13 +199,17 @@ def _simam(mask: Mask, module: Any) -> None:
     def simam(x: torch.Tensor, lambda_p: float = 1e-4) -> torch.Tensor:
         import torch
 
-        # Sums over bins and frames.
+        # Sums over bins and frames in float32; few passes over x, each of which takes longer than a convolution does.
+        x = mask.zeroed(x)
         number = (mask.lengths(x) * x.shape[2]).view(-1, 1, 1, 1)
-        centred = x.float() - mask.zeroed(x).float().sum((2, 3), keepdim=True) / number
-        square = centred.square()
-        variance = mask.zeroed(square).sum((2, 3), keepdim=True) / (number - 1)
-        energy = square / (4 * (variance + lambda_p)) + 0.5
-        return x * torch.sigmoid(energy).to(x.dtype)
+        total = x.sum((2, 3), keepdim=True, dtype=torch.float32)
+        squares = torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True, dtype=torch.float32).square()
+        mean = total / number
+        variance = ((squares - total * mean) / (number - 1)).clamp(min=0)
+        scale = (4 * (variance + lambda_p)).rsqrt()
+        centred = torch.addcmul((-mean * scale).to(x.dtype), x, scale.to(x.dtype))
+        energy = torch.addcmul(centred.new_tensor(0.5), centred, centred, out=centred)
+        return energy.sigmoid_().mul_(x)
 
     module.SimAM = simam
 

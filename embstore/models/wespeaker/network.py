@@ -90,7 +90,8 @@ class Network:
     def _run(self, module: torch.nn.Module, features: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
         if self._mask:
             padded = min(lengths) < features.shape[1]
-            self._mask.start(integers(lengths, self._device) if padded else None, features.shape[1])
+            known = integers(lengths, self._device) if padded else None
+            self._mask.start(known, features.shape[1], min(lengths))
         return self._pass(module, features)
 
     def _pass(self, module: torch.nn.Module, features: torch.Tensor) -> torch.Tensor:
@@ -120,9 +121,12 @@ class Network:
             return proof.lowest_cosine(rows, plain)
 
         self._module = folded(self._module, lambda module: self._run(module, examples[0], proof.LENGTHS[:1]))
-        for parameter in self._module.parameters():
-            if parameter.dim() == 4:
-                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+        lower = _lower(precision, self._device)
+        # In float32 a GPU takes 1.7 times as long that way for ResNet34, 3 times for SimAM-ResNet34.
+        if lower or self._device.type != "cuda":
+            for parameter in self._module.parameters():
+                if parameter.dim() == 4:
+                    parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         if self.batching == "masked":
             try:
                 self._mask = Mask(self._module)
@@ -132,8 +136,8 @@ class Network:
                 # A wespeaker of another version may average over time where this one does not.
                 if not together() >= proof.SAME:
                     self.batching = "equal"
-        self._dtype = _lower(precision, self._device)
-        if self._dtype:
+        self._dtype = lower
+        if lower:
             _pool_exactly(self._module, self._device.type)
             if precision == "auto" and not together() >= proof.CLOSE:
                 self._dtype = None
