@@ -208,7 +208,7 @@ def _simam(mask: Mask, module: Any) -> None:
         variance = ((squares - total * mean) / (number - 1)).clamp(min=0)
         scale = (4 * (variance + lambda_p)).rsqrt()
         centred = torch.addcmul((-mean * scale).to(x.dtype), x, scale.to(x.dtype))
-        energy = torch.addcmul(centred.new_tensor(0.5), centred, centred, out=centred)
+        energy = torch.addcmul(centred.new_full((), 0.5), centred, centred, out=centred)
         return energy.sigmoid_().mul_(x)
 
     module.SimAM = simam
