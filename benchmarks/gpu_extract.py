@@ -67,7 +67,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--workers", nargs="+", type=int, default=[1, 2, 4], help="processes of `files` and `extract`")
     parser.add_argument("--copies", type=int, default=1, help="how often the workers get each file (default: once)")
     parser.add_argument("--decoders", type=int, default=4, help="decoding threads a process (default: 4)")
-    parser.add_argument("--cuda-graphs", action="store_true", help="record small batches that come again and again")
     parser.add_argument("--miniature", action="store_true", help="a few short utterances: does it still run?")
     options = parser.parse_args()
     options.scale = 1.0
@@ -110,7 +109,6 @@ def _measure(network: str, label: str, recordings: Sequence[NDArray[np.float32]]
             batching="masked",
             device=options.device,
             precision=precision,
-            cuda_graphs=options.cuda_graphs,
         )
         for size in options.batches:
 
@@ -121,7 +119,7 @@ def _measure(network: str, label: str, recordings: Sequence[NDArray[np.float32]]
                     bare.encode(padded, [len(row) for row in rows])
 
             _show(f"bare, {precision}, {size} at a time, {bare.batching}", options.device, len(features), in_batches)
-    model = _model(network, options.device, options.cuda_graphs)
+    model = _model(network, options.device)
     items = [Prepared(recording, len(recording) / RATE, len(recording) // 160) for recording in recordings]
     _show("embed, auto", options.device, len(items), lambda: model.embed(items))
     if HAS_AUDIO:
@@ -135,13 +133,13 @@ def _measure(network: str, label: str, recordings: Sequence[NDArray[np.float32]]
     print()
 
 
-def _model(network: str, device: str, cuda_graphs: bool):  # type: ignore[no-untyped-def]
+def _model(network: str, device: str):  # type: ignore[no-untyped-def]
     from embstore.models.fbank import Settings
     from embstore.models.wespeaker.model import Wespeaker
     from embstore.models.wespeaker.network import Network
 
     batching = "single" if device == "cpu" else "masked"
-    encoder = Network(build(network), 80, batching=batching, device=device, precision="auto", cuda_graphs=cuda_graphs)
+    encoder = Network(build(network), 80, batching=batching, device=device, precision="auto")
     return Wespeaker(encoder, DIM, Settings(), "first", 120.0, device)
 
 
@@ -152,7 +150,7 @@ def _measure_files(network: str, files: Sequence[Path], options: argparse.Namesp
     for workers in options.workers:
         decoded, ready, done = (context.Barrier(workers + 1) for _ in range(3))
         shares = [files[i::workers] for i in range(workers)]
-        given = (options.device, options.cuda_graphs, options.decoders, decoded, ready, done)
+        given = (options.device, options.decoders, decoded, ready, done)
         processes = [context.Process(target=_work, args=(network, share, *given)) for share in shares]
         for process in processes:
             process.start()
@@ -166,10 +164,10 @@ def _measure_files(network: str, files: Sequence[Path], options: argparse.Namesp
 
 
 def _work(  # type: ignore[no-untyped-def]
-    network: str, files: Sequence[Path], device: str, cuda_graphs: bool, decoders: int, decoded, ready, done
+    network: str, files: Sequence[Path], device: str, decoders: int, decoded, ready, done
 ) -> None:
     """Decode in threads; then do so again, and embed what is there."""
-    model = _model(network, device, cuda_graphs)
+    model = _model(network, device)
     model.embed([model.prepare(file, None, None) for file in files[:2]])  # the first is slow
     ready.wait()
     with ThreadPoolExecutor(decoders) as pool:
@@ -200,7 +198,7 @@ def _measure_extract(network: str, files: Sequence[Path], options: argparse.Name
         (folder / str(copy)).mkdir(parents=True)
         for file in files:
             os.link(file, folder / str(copy) / file.name)
-    made = Named(network, options.cuda_graphs)
+    made = Named(network)
     with server() as settings:
         for workers in options.workers:
             gpus = "none" if options.device == "cpu" else options.device.removeprefix("cuda:")
@@ -214,7 +212,6 @@ class Named:
     """The recipe of a network with random weights."""
 
     name: str
-    cuda_graphs: bool
     media: ClassVar[Literal["audio"]] = "audio"
     dim: ClassVar[int] = DIM
     settings: ClassVar[dict[str, str]] = {}
@@ -225,7 +222,7 @@ class Named:
 
     def load(self, device: str):  # type: ignore[no-untyped-def]
         """Load it on `cpu` or `cuda:N`."""
-        return _model(self.name, device, self.cuda_graphs)
+        return _model(self.name, device)
 
 
 def _write(path: Path, samples: NDArray[np.float32]) -> Path:

@@ -346,7 +346,7 @@ def test_fingerprint_is_of_weights_and_preprocessing(tmp_path: Path) -> None:
     assert recipe({"model_dir": str(shutil.copy(ONNX, tmp_path / "other.onnx"))}).fingerprint() == same
     assert pickle.loads(pickle.dumps(recipe({"model_dir": str(ONNX)}))).fingerprint() == same
     assert recipe({"model_dir": str(ONNX), "precision": "fp32"}).fingerprint() == same
-    assert recipe({"model_dir": str(ONNX), "runtime": "onnxruntime", "cuda_graphs": "on"}).fingerprint() == same
+    assert recipe({"model_dir": str(ONNX), "runtime": "onnxruntime"}).fingerprint() == same
     others = [
         {"window": "povey"},
         {"sample_scale": "unit"},
@@ -400,7 +400,6 @@ def test_families_bring_their_preprocessing(tmp_path: Path) -> None:
         ({"model_dir": str(GOLDEN / "model"), "runtime": "onnxruntime"}, "is a checkpoint, not for onnxruntime"),
         ({"model_dir": str(ONNX), "runtime": "tensorrt"}, "auto, pytorch, onnxruntime, openvino"),
         ({"model_dir": str(ONNX), "vad": "yes"}, "off, on"),
-        ({"model_dir": str(ONNX), "cuda_graphs": "yes"}, "off, on"),
         ({"model_dir": str(ONNX), "num_mel_bins": "many"}, "not a number"),
         ({"model_dir": str(ONNX), "num_mel_bins": "40"}, "takes 80 mel bins, not 40"),
         ({"model_dir": str(ONNX), "max_window": "0.1"}, "max_window=0.1"),

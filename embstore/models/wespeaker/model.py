@@ -200,7 +200,7 @@ def _fits(window: _Window, group: Sequence[_Window], batching: Batching, budget:
 def _round(count: int) -> int:
     """The largest of 1, 2, 3, 4, 6, 8, 12, 16, 24, … that is not larger: few shapes come, so most have come before.
 
-    On an H100, the first batch of a shape takes longer than ten of those that follow.
+    On an H100, the first batch of a shape takes two to four times as long as those that follow.
     """
     power = 1 << (count.bit_length() - 1)
     return power * 3 // 2 if count >= power * 3 // 2 else power

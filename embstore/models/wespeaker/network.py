@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,15 +13,11 @@ from embstore.models.wespeaker import proof
 from embstore.models.wespeaker.families import Batching
 from embstore.models.wespeaker.folding import folded
 from embstore.models.wespeaker.masking import Mask
-from embstore.models.wespeaker.replay import SMALL, Replay
 
 if TYPE_CHECKING:
     import torch
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
-
-_FREQUENT = 8
-"""How often a shape has to come on a GPU before cuDNN measures which algorithm suits it best."""
 
 
 class Network:
@@ -37,7 +31,6 @@ class Network:
         batching: Batching,
         device: str,
         precision: Precision,
-        cuda_graphs: bool = False,
     ) -> None:
         """Take over `module`, in eval mode. `batching` is the most that is tried; `self.batching` is what works.
 
@@ -58,45 +51,21 @@ class Network:
         self._dtype: torch.dtype | None = None
         self.batching: Batching = batching
         self._speed_up(bins, precision)
-        self._replay = Replay(self._recordable) if cuda_graphs and self._device.type == "cuda" else None
-        self._seen: Counter[tuple[int, ...]] = Counter()
 
     def encode(self, features: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
         """Features [rows, frames, bins] on the device, of which `lengths` are valid: float32 [rows, dim] there.
 
         Only with batching `masked` may the lengths differ from the number of frames. A GPU may still be computing them.
         """
-        if self._device.type != "cuda":
-            return self._run(self._module, features, lengths)
-        if self._replay and features.shape[0] * features.shape[1] <= SMALL:
-            return self._replay(features, integers(lengths, self._device))
-        with self._cudnn(tuple(features.shape)):
-            return self._run(self._module, features, lengths)
-
-    def _recordable(self, features: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """A pass in which nothing depends on numbers that the processor knows: masked, whether need be or not."""
-        if self._mask:
-            self._mask.start(lengths, features.shape[1])
-        return self._pass(self._module, features)
-
-    def _cudnn(self, shape: tuple[int, ...]) -> AbstractContextManager[None]:
-        """Let cuDNN measure its algorithms on a shape, which takes seconds, only if it comes again and again."""
-        import torch
-
-        self._seen[shape] += 1
-        frequent = self._seen[shape] >= _FREQUENT
-        return torch.backends.cudnn.flags(enabled=True, benchmark=frequent, allow_tf32=False)
+        return self._run(self._module, features, lengths)
 
     def _run(self, module: torch.nn.Module, features: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+        import torch
+
         if self._mask:
             padded = min(lengths) < features.shape[1]
             known = integers(lengths, self._device) if padded else None
             self._mask.start(known, features.shape[1], min(lengths))
-        return self._pass(module, features)
-
-    def _pass(self, module: torch.nn.Module, features: torch.Tensor) -> torch.Tensor:
-        import torch
-
         lower = torch.autocast(self._device.type, self._dtype) if self._dtype else contextlib.nullcontext()
         with torch.inference_mode(), lower:
             output = module(features)

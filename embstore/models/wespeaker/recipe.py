@@ -33,7 +33,6 @@ _OPTIONS = (
     "precision",
     "max_window",
     "runtime",
-    "cuda_graphs",
     "vad",
 )
 
@@ -45,8 +44,8 @@ def recipe(options: Mapping[str, str]) -> Recipe:
 
     The other options override what the model's family was trained with: `num_mel_bins`, `window` (hamming, povey),
     `sample_scale` (int16, unit), `channel` (first, mean), `precision` (auto, fp32, bf16, fp16), `max_window` (seconds),
-    `runtime` (auto, openvino, and pytorch for a checkpoint or onnxruntime for a graph), `cuda_graphs` (off, on),
-    `vad` (off, on).
+    `runtime` (auto, openvino, and pytorch for a checkpoint or onnxruntime for a graph), `vad` (off, on).
+
     Raises UsageError for an option, ModelError for a model that can't be used.
     """
     for option in options:
@@ -79,8 +78,7 @@ def recipe(options: Mapping[str, str]) -> Recipe:
         raise UsageError(
             f"model {name}: vad=on works at {vad.SAMPLE_RATE} Hz, not at {features.sample_rate}; leave it out"
         )
-    cuda_graphs = _choice(options, "cuda_graphs", Literal["off", "on"], "off") == "on"
-    return WespeakerRecipe(name, found, features, channel, precision, max_window, runs, cuda_graphs, trim)
+    return WespeakerRecipe(name, found, features, channel, precision, max_window, runs, trim)
 
 
 def _model(options: Mapping[str, str]) -> tuple[str, Source]:
@@ -135,7 +133,6 @@ class WespeakerRecipe:
     precision: Precision
     max_window: float
     runtime: Runtime = "auto"
-    cuda_graphs: bool = False
     trim: bool = False
     """Cut long silences out."""
 
@@ -171,7 +168,6 @@ class WespeakerRecipe:
             precision=self.precision,
             runtime=self.runtime,
             device=device,
-            cuda_graphs=self.cuda_graphs,
         )
         return Wespeaker(encoder, self.dim, self.features, self.channel, self.max_window, device, self.trim)
 

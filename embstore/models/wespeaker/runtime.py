@@ -23,20 +23,16 @@ if TYPE_CHECKING:
 Runtime = Literal["auto", "pytorch", "onnxruntime", "openvino"]
 
 
-def load(
-    source: Source, bins: int, *, precision: Precision, runtime: Runtime, device: str, cuda_graphs: bool
-) -> Encoder:
+def load(source: Source, bins: int, *, precision: Precision, runtime: Runtime, device: str) -> Encoder:
     """The network of a model's files on a device. Raises ModelError."""
     if runtime == "openvino" and device != "cpu":
         raise ModelError(f"runtime=openvino is for processors, not for {device}: leave it out, or add --gpus none")
     if source.is_onnx:
         return _of_graph(source, bins, precision, runtime, device)
-    return _of_checkpoint(source, bins, precision, runtime, device, cuda_graphs)
+    return _of_checkpoint(source, bins, precision, runtime, device)
 
 
-def _of_checkpoint(
-    source: Source, bins: int, precision: Precision, runtime: Runtime, device: str, cuda_graphs: bool
-) -> Encoder:
+def _of_checkpoint(source: Source, bins: int, precision: Precision, runtime: Runtime, device: str) -> Encoder:
     # Only a source with an architecture of a known family has a checkpoint.
     family, architecture = cast(Family, source.family), cast(str, source.architecture)
     network = checkpoint.load(source.weights, family.module, architecture, source.arguments)
@@ -51,7 +47,7 @@ def _of_checkpoint(
         return found
     # A batch on a processor is no faster than its items one by one, so nothing needs to be masked there.
     batching = "single" if device == "cpu" else family.batching
-    return Network(network, bins, batching=batching, device=device, precision=precision, cuda_graphs=cuda_graphs)
+    return Network(network, bins, batching=batching, device=device, precision=precision)
 
 
 def _of_graph(source: Source, bins: int, precision: Precision, runtime: Runtime, device: str) -> Encoder:
