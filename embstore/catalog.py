@@ -14,6 +14,7 @@ from sqlalchemy import Connection, text
 
 from embstore import sharing
 from embstore.errors import ModelError, UsageError
+from embstore.locks import lock_dataset, run_when_free
 from embstore.models.base import Recipe
 from embstore.models.named import Named
 
@@ -31,6 +32,10 @@ class Dataset:
     """False: it is shared for reading."""
 
 
+_INSERT = """
+INSERT INTO embstore.dataset (name, media, root, team) VALUES (:name, :media, :root, :team)
+ON CONFLICT (team, md5(name)) DO NOTHING
+"""
 _COLUMNS = "d.dataset_id, d.dataset, d.media, d.root, d.can_write"
 """Of the view `datasets`."""
 
@@ -113,10 +118,7 @@ def ensure_dataset(connection: Connection, name: str, media: str, root: str) -> 
     the name stands for another root, or if there is no one team.
     """
     dataset = find_writable(connection, name) or _make(connection, name, media, root)
-    connection.execute(
-        text("SELECT FROM embstore.dataset WHERE dataset_id = :dataset_id FOR UPDATE"),
-        {"dataset_id": dataset.dataset_id},
-    )
+    lock_dataset(connection, dataset.dataset_id)
     if dataset.root != root:
         raise UsageError(
             f"dataset '{name}' holds the files of '{dataset.root}', not of '{root}': give --dataset another name"
@@ -132,13 +134,8 @@ def ensure_dataset(connection: Connection, name: str, media: str, root: str) -> 
 def _make(connection: Connection, name: str, media: str, root: str) -> Dataset:
     team, plain = sharing.place(connection, name)
     values = {"name": plain, "media": media, "root": root, "team": team}
-    connection.execute(
-        text(
-            "INSERT INTO embstore.dataset (name, media, root, team) VALUES (:name, :media, :root, :team)"
-            " ON CONFLICT (team, md5(name)) DO NOTHING"
-        ),
-        values,
-    )
+    # Another run may be registering the very same, and not have come to an end.
+    run_when_free(connection, _INSERT, values, lambda: f"dataset '{name}' is being made by another run")
     row = connection.execute(
         text(f"SELECT {_COLUMNS} FROM embstore.datasets d WHERE name = :name AND team IS NOT DISTINCT FROM :team"),
         values,

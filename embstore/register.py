@@ -13,6 +13,7 @@ from sqlalchemy import Connection, text
 
 from embstore.db.copy import copy_values
 from embstore.db.engine import set_local
+from embstore.locks import lock_dataset
 from embstore.sources import Entry
 
 # COPY knows no row-level security: a role whose rows are checked one by one has to take the other way.
@@ -162,9 +163,7 @@ def enqueue(connection: Connection, dataset_id: int, model_id: int) -> int:
     """Make an extraction pending for every item that has none by this model yet; returns their number."""
     _plan_for_many(connection)
     # Items must not be removed, nor this be done twice at once, until it is committed.
-    connection.execute(
-        text("SELECT FROM embstore.dataset WHERE dataset_id = :dataset_id FOR UPDATE"), {"dataset_id": dataset_id}
-    )
+    lock_dataset(connection, dataset_id)
     result = connection.execute(text(_ENQUEUE), {"dataset_id": dataset_id, "model_id": model_id})
     return int(result.rowcount)
 

@@ -17,6 +17,7 @@ from embstore import catalog, sharing
 from embstore.catalog import Dataset
 from embstore.db.engine import Database
 from embstore.errors import UsageError
+from embstore.locks import lock_dataset
 from embstore.queue import at_work
 
 BATCH = 5_000
@@ -55,8 +56,6 @@ DELETE FROM embstore.item WHERE dataset_id = :dataset_id AND item_id = ANY (ARRA
 _REMOVE = "DELETE FROM embstore.item WHERE dataset_id = :dataset_id AND item_id = ANY (:item_ids)"
 _REMOVE_DATASET = "DELETE FROM embstore.dataset WHERE dataset_id = :dataset_id"
 
-# As `register` takes it: nobody registers meanwhile, and positions are given out by one at a time.
-_LOCK = "SELECT FROM embstore.dataset WHERE dataset_id = :dataset_id FOR UPDATE"
 _RENUMBER = """
 UPDATE embstore.item i SET position = n.place
 FROM (SELECT item_id, row_number() OVER (ORDER BY position) - 1 AS place
@@ -173,7 +172,8 @@ def remove_items(
 
         def remove(connection: Connection, batch: Sequence[int] = batch, is_last: bool = is_last) -> None:
             values = {"dataset_id": dataset.dataset_id}
-            connection.execute(text(_LOCK), values)
+            # Nobody registers meanwhile, and positions are given out by one at a time.
+            lock_dataset(connection, dataset.dataset_id)
             connection.execute(text(_REMOVE), {**values, "item_ids": batch})
             if is_last:
                 close_gaps(connection, dataset.dataset_id)

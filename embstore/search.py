@@ -21,6 +21,7 @@ from sqlalchemy.exc import DBAPIError
 
 from embstore import catalog, lookup
 from embstore.catalog import StoredModel
+from embstore.db.cancel import cancellable
 from embstore.db.engine import Database, set_local
 from embstore.errors import DatabaseError, UsageError
 from embstore.lookup import Asked, Embedder, Kind
@@ -141,7 +142,7 @@ def search(
             catalog.get_dataset(connection, dataset)
         filters = {"dataset": dataset, "speaker": speaker, "condition": where, "exact": exact}
         try:
-            return _nearest(connection, asked, stored, of, k, filters)
+            return cancellable(connection, lambda: _nearest(connection, asked, stored, of, k, filters))
         except DBAPIError as error:
             raise _explained(error, where, timeout) from error
 

@@ -15,6 +15,7 @@ from embstore import faults, vectors
 from embstore.db.copy import Column, copy_rows, copy_values, is_guarded, read_rows
 from embstore.db.engine import limit_idle, set_local
 from embstore.errors import UsageError
+from embstore.locks import lock_dataset
 from embstore.transfer.checked import Part
 
 _INCOMING = """
@@ -148,7 +149,7 @@ def take_in(
     are no others now, none of these can be there.
     """
     limit_idle(connection)
-    connection.execute(text("SELECT FROM embstore.dataset WHERE dataset_id = :id FOR UPDATE"), {"id": place.dataset_id})
+    lock_dataset(connection, place.dataset_id)
     last = connection.execute(text(_LAST), {"dataset_id": place.dataset_id}).scalar()
     first = 0 if last is None else int(last) + 1
     if first == alone and not is_guarded(connection, "embstore.item"):

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import psycopg2
 import pytest
 from audit import ITEMS, LEASE_SECONDS, Vectors, audit
 from commands import Command, Start, Watcher, wait_until
 from proxy import proxy
+from sqlalchemy import make_url
 
 Runs = list[Command]
 Freeze = Callable[..., Command]
@@ -157,3 +159,34 @@ def test_the_command_stops_in_an_import(
     wake(run)
     assert run.wait() == 0, run.err
     assert audit(watcher, runs) == {"done": 10}
+
+
+@pytest.mark.parametrize(
+    ("held", "words"),
+    [
+        (
+            "INSERT INTO embstore.dataset (name, media, root) VALUES ('tones', 'audio', %s)",
+            "is being made by another run",
+        ),
+        ("SELECT FROM embstore.dataset WHERE root = %s FOR UPDATE", "is being changed (embstore, process "),
+    ],
+    ids=["new", "there already"],
+)
+def test_who_waits_for_another_run_is_told_and_can_leave_or_stay(
+    held: str, words: str, start: Start, watcher: Watcher, database_url: str, tones: Path
+) -> None:
+    if "INSERT" not in held:
+        assert start("extract", str(tones), "--model", "probe").wait() == 0
+    address = make_url(database_url).set(drivername="postgresql").render_as_string(hide_password=False)
+    other = psycopg2.connect(address)
+    try:
+        other.cursor().execute(held, (str(tones),))
+        leaving, staying = (start("extract", str(tones), "--model", "probe") for _ in range(2))
+        for run in (leaving, staying):
+            wait_until(lambda run=run: words in run.err, "the word that it waits")  # type: ignore[misc]
+        leaving.press_ctrl_c()
+        assert leaving.wait(10) == 130
+    finally:
+        other.close()
+    assert staying.wait() == 0, staying.err
+    assert audit(watcher, [leaving, staying]) == {"done": ITEMS}

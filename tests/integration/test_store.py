@@ -220,16 +220,24 @@ ASLEEP = """
 import embstore
 store = embstore.connect()
 try:
-    store.sql("select pg_sleep(600)")
+    QUERY
 except KeyboardInterrupt:
     print(store.sql("select 1 as one")[0].one)
 """
 
 
-def test_ctrl_c_ends_a_query_on_the_server(tmp_path: Path, database_url: str) -> None:
+@pytest.mark.parametrize(
+    "query",
+    [
+        'store.sql("select pg_sleep(600)")',
+        'store.search([1.0, 2.0, 3.0], where="(select pg_sleep(600)) is null", timeout=0)',
+    ],
+    ids=["sql", "search"],
+)
+def test_ctrl_c_ends_a_query_on_the_server(filled: Store, tmp_path: Path, database_url: str, query: str) -> None:
     watcher = Watcher(database_url)
-    asleep = "SELECT pid FROM pg_stat_activity WHERE starts_with(query, 'select pg_sleep') AND state = 'active'"
-    script = _script(tmp_path, ASLEEP, DATABASE_URL=database_url)
+    asleep = "SELECT pid FROM pg_stat_activity WHERE wait_event = 'PgSleep'"
+    script = _script(tmp_path, ASLEEP.replace("QUERY", query), DATABASE_URL=database_url)
     wait_until(lambda: watcher.rows(asleep), "the query")
     script.send_signal(signal.SIGINT)
     out, err = script.communicate(timeout=60)

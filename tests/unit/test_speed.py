@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -52,6 +53,19 @@ def test_shares_add_up_and_hours_are_by_device() -> None:
     )
 
 
+def test_threads_that_wait_for_each_other_want_workers() -> None:
+    found = speed(outcome(Waits(decoding=9, device=1)), plan(["cuda:0"], decoders=8), SMALL)
+    assert found is not None
+    assert found.advice == "more workers, as threads wait for each other (--workers 2)"
+
+
+def test_a_worker_without_work_waited_for_nothing() -> None:
+    both = replace(outcome(Waits(device=9), Waits(database=1)), workers=[Tally(done=1), Tally()])
+    found = speed(both, plan(["cpu", "cpu"]), SMALL)
+    assert found is not None
+    assert found.lines()[1] == "  worker 1 on cpu found nothing to do"
+
+
 def test_images_have_no_hours() -> None:
     waits = Waits(decoding=8, device=2), Waits(decoding=5, idle=5)
     found = speed(outcome(*waits, audio=0), plan(["cuda:0", "cuda:1"]), Facts(media="image"))
@@ -75,7 +89,8 @@ def test_of_a_moment_nothing_can_be_said() -> None:
         (Waits(device=9, database=1), ["cpu"], 0.3, "--workers 4"),
         (Waits(device=9, database=1), ["cpu"], 0.95, "on another machine too"),
         (Waits(device=9, database=1), ["cuda:0", "cuda:1"], 0.1, "--workers 4"),
-        (Waits(device=9, database=1), ["cuda:0", "cuda:0"], 0.1, "on another machine too"),
+        (Waits(device=9, database=1), ["cuda:0", "cuda:0"], 0.1, "--workers 4"),
+        (Waits(device=9, database=1), ["cuda:0"] * 4, 0.1, "on another machine too"),
     ],
 )
 def test_the_flag_that_would_help_exists(waits: Waits, devices: list[str], busy: float, words: str) -> None:
