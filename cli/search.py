@@ -15,7 +15,7 @@ from embstore.settings import Settings
 from embstore.words import plural
 
 from .model_options import model_options
-from .options import interruptible, opened, pass_settings
+from .options import opened, pass_settings
 from .output import write_json, write_rows
 
 _WAYS = {
@@ -83,23 +83,22 @@ def search(
     """
     with opened(settings) as database:
         require_ready(database)
-        with interruptible():
-            results = find(
-                database,
-                query,
-                model=model,
-                prefer_model=settings.embedding_model,
-                k=k,
-                of=of,
-                dataset=dataset,
-                speaker=speaker,
-                where=where,
-                exact=exact,
-                kind=kind,
-                query_dataset=query_dataset,
-                embedder=Embedder(options),
-                timeout=timeout,
-            )
+        results = find(
+            database,
+            query,
+            model=model,
+            prefer_model=settings.embedding_model,
+            k=k,
+            of=of,
+            dataset=dataset,
+            speaker=speaker,
+            where=where,
+            exact=exact,
+            kind=kind,
+            query_dataset=query_dataset,
+            embedder=Embedder(options),
+            timeout=timeout,
+        )
     if as_json:
         write_json(_as_json(results, explain), sys.stdout)
         return
