@@ -238,15 +238,7 @@ class Store:
             if ids is not None:
                 given = np.asarray(ids, dtype=np.int64)
                 return Vectors(given, vectors.of_each(connection, *scope, stored.dim, given))
-            total = vectors.count(connection, *scope)
-            found = Vectors(np.empty(total, np.int64), np.empty((total, stored.dim), np.float32))
-            end = 0
-            # Smaller than for those who keep them: memory that is given back at once is there for the next page.
-            size = max(100, vectors.page_size(stored.dim) // 5)
-            for page in vectors.ordered(connection, *scope, stored.dim, size=size, by=order_by):
-                start, end = end, end + len(page.item_ids)
-                found.ids[start:end], found.vectors[start:end] = page.item_ids, page.vectors
-            return Vectors(found.ids[:end], found.vectors[:end])
+            return cancellable(connection, lambda: vectors.of_dataset(connection, *scope, stored.dim, by=order_by))
 
     def chunks(
         self,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -27,6 +27,9 @@ PIECE = 1 << 18
 
 Column = tuple[np.dtype[Any], int | None]
 """Type of a column's values, and the dimension if they are vectors."""
+
+Rows = dict[str, NDArray[Any]]
+"""Columns of some rows, by name."""
 
 
 def copy_rows(connection: Connection, table: str, columns: Mapping[str, NDArray[Any]]) -> None:
@@ -61,12 +64,21 @@ def is_guarded(connection: Connection, table: str) -> bool:
     return bool(connection.info[key])
 
 
-def read_rows(connection: Connection, query: str, columns: Mapping[str, Column]) -> dict[str, NDArray[Any]]:
+def read_rows(connection: Connection, query: str, columns: Mapping[str, Column]) -> Rows:
     """The rows of a query without parameters, whose columns are of these types, in this order, and never null."""
-    sink = io.BytesIO()
+    pieces: list[Rows] = []
+    stream_rows(connection, query, columns, pieces.append)
+    return {name: np.concatenate([piece[name] for piece in pieces]) for name in columns}
+
+
+def stream_rows(
+    connection: Connection, query: str, columns: Mapping[str, Column], take: Callable[[Rows], object]
+) -> None:
+    """The same, given to `take` as they come, some hundred at a time: meanwhile the server goes on sending."""
+    decoder = Decoder(columns, take)
     with _cursor(connection) as cursor:
-        cursor.copy_expert(f"COPY ({query}) TO STDOUT (FORMAT BINARY)", sink)
-    return decode(sink.getbuffer(), columns)
+        cursor.copy_expert(f"COPY ({query}) TO STDOUT (FORMAT BINARY)", decoder)
+    decoder.end()
 
 
 def copy_values(connection: Connection, table: str, rows: Iterable[Sequence[str | float | None]]) -> int:
@@ -154,19 +166,48 @@ def encode(columns: Mapping[str, NDArray[Any]]) -> io.BytesIO:
     return io.BytesIO(b"".join((_SIGNATURE, rows.tobytes(), _TRAILER)))
 
 
-def decode(data: memoryview, columns: Mapping[str, Column]) -> dict[str, NDArray[Any]]:
-    """Columns of rows in PostgreSQL's binary form. Raises ValueError if they are not of these types."""
-    record = _record(columns)
-    body = len(data) - len(_SIGNATURE) - len(_TRAILER)
-    if body % record.itemsize:
-        raise ValueError(f"rows of {record.itemsize} bytes expected, got {body} bytes in all: a null, or another type")
-    rows = np.frombuffer(data, dtype=record, count=body // record.itemsize, offset=len(_SIGNATURE))
-    if (rows["fields"] != len(columns)).any():
-        raise ValueError(f"{len(columns)} columns expected")
-    for name, (dtype, dim) in columns.items():
-        if (rows[f"{name} length"] != (dtype.itemsize if dim is None else 4 + 4 * dim)).any():
-            raise ValueError(f"column '{name}' holds a null, or is of another type than {dtype}")
-    return {name: rows[name].astype(dtype) for name, (dtype, _) in columns.items()}
+class Decoder:
+    """A file, to psycopg2: what is written into it are rows in PostgreSQL's binary form, and `take` gets their columns.
+
+    Raises ValueError if they are not of these types.
+    """
+
+    def __init__(self, columns: Mapping[str, Column], take: Callable[[Rows], object]) -> None:
+        self._columns = columns
+        self._take = take
+        self._record = _record(columns)
+        self._begin = len(_SIGNATURE)
+        self._waiting: list[bytes] = []
+        self._size = 0
+
+    def write(self, data: bytes) -> int:
+        """Take note of more of it: a row, as the server sends them."""
+        self._waiting.append(data)
+        self._size += len(data)
+        if self._size >= PIECE:
+            self._hand_on()
+        return len(data)
+
+    def end(self) -> None:
+        """That was all of it."""
+        self._hand_on()
+        if self._waiting != [_TRAILER]:
+            raise ValueError(f"rows of {self._record.itemsize} bytes expected: a null, or another type")
+
+    def _hand_on(self) -> None:
+        data = b"".join(self._waiting)
+        count = max(0, len(data) - self._begin) // self._record.itemsize
+        self._take(self._decode(np.frombuffer(data, self._record, count, self._begin if count else 0)))
+        rest = data[self._begin + count * self._record.itemsize :]
+        self._waiting, self._size, self._begin = [rest], len(rest), 0
+
+    def _decode(self, rows: NDArray[Any]) -> Rows:
+        if (rows["fields"] != len(self._columns)).any():
+            raise ValueError(f"{len(self._columns)} columns expected")
+        for name, (dtype, dim) in self._columns.items():
+            if (rows[f"{name} length"] != (dtype.itemsize if dim is None else 4 + 4 * dim)).any():
+                raise ValueError(f"column '{name}' holds a null, or is of another type than {dtype}")
+        return {name: rows[name].astype(dtype) for name, (dtype, _) in self._columns.items()}
 
 
 def _record(columns: Mapping[str, Column]) -> np.dtype[Any]:

@@ -245,6 +245,29 @@ def test_ctrl_c_ends_a_query_on_the_server(filled: Store, tmp_path: Path, databa
     assert watcher.rows(asleep) == []
 
 
+READS = """
+import embstore
+store = embstore.connect()
+try:
+    store.vectors("calls", "small")
+except KeyboardInterrupt:
+    print(store.sql("select 1 as one")[0].one)
+"""
+
+
+def test_ctrl_c_ends_a_read_of_vectors_on_the_server(tmp_path: Path, filled: Store, database_url: str) -> None:
+    watcher = Watcher(database_url)
+    reading = "SELECT pid FROM pg_stat_activity WHERE starts_with(query, 'COPY') AND wait_event_type = 'Lock'"
+    with filled.database.begin() as connection:  # it is in the middle of its work, as the vectors are locked
+        connection.exec_driver_sql("LOCK embstore.embedding_1")
+        script = _script(tmp_path, READS, DATABASE_URL=database_url)
+        wait_until(lambda: watcher.rows(reading), "the read")
+        script.send_signal(signal.SIGINT)
+        out, err = script.communicate(timeout=60)
+        assert watcher.rows(reading) == []
+    assert (out, err) == ("1\n", "")
+
+
 def test_importing_it_imports_nothing() -> None:
     code = "import embstore, sys, json; print(json.dumps([len(dir(embstore)), *sys.modules]))"
     names, *modules = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)

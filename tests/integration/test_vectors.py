@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from sqlalchemy import Connection, text
 
 from embstore import catalog, vectors
+from embstore.db.copy import Rows, stream_rows
 from embstore.db.engine import Database
 from embstore.errors import DatabaseError, ModelError
 from embstore.models.base import Face
@@ -49,6 +50,9 @@ def test_vectors_come_back_bit_for_bit_with_their_own_rows(database: Database, d
         shuffled = [int(key) for key in dice.permutation(keys[:8])]
         vectors.write(connection, queue, token, shuffled, matrix[:8])
         vectors.write(connection, queue, token, [keys[9]], matrix[8:])
+        ids, found = vectors.of_dataset(connection, queue.scope["dataset_id"], queue.scope["model_id"], dim)
+    assert (ids.tolist(), found.flags.writeable) == ([*keys[:8], keys[9]], True)
+    assert bits(found) == bits(matrix[[*np.argsort(shuffled), 8]])
     stored = read(database, queue)
     assert list(stored) == [*keys[:8], keys[9]]
     for key, vector in zip([*shuffled, keys[9]], matrix, strict=True):
@@ -155,10 +159,86 @@ def test_pages_come_by_position_and_leave_out_what_has_no_vector(database: Datab
         register(connection, queue.scope["dataset_id"], [entry(f"{i:04}.wav") for i in (5, 3, 1, 4, 0)])  # 2 vanished
     with database.begin() as connection:
         pages = list(vectors.ordered(connection, queue.scope["dataset_id"], queue.scope["model_id"], 3, size=size))
+        ids, whole = vectors.of_dataset(connection, queue.scope["dataset_id"], queue.scope["model_id"], 3)
+    assert ids.tolist() == np.concatenate([page.item_ids for page in pages]).tolist()
+    assert bits(whole) == bits(np.concatenate([page.vectors for page in pages]))
     assert all(0 < len(page.positions) <= size for page in pages)
     assert np.concatenate([page.positions for page in pages]).tolist() == [1, 2, 4, 5]
     assert np.concatenate([page.item_ids for page in pages]).tolist() == [keys[i] for i in (3, 1, 0, 2)]
     assert bits(np.concatenate([page.vectors for page in pages])) == bits(matrix[[3, 1, 0, 2]])
+
+
+@pytest.mark.parametrize("by", vectors.ORDERS)
+def test_many_vectors_come_to_their_places_from_wherever_they_lie(database: Database, by: vectors.Order) -> None:
+    """Written in another order than that of the ids, which is not that of the dataset; every tenth has none."""
+    dice, matrix = np.random.default_rng(0), vectors_of(2000, 100)
+    with database.begin() as connection:
+        fill(connection, 500, dataset="before", model=(model := Facts(dim=100)))
+        queue = fill(connection, 2000, model=model)
+        token = take_lease(connection)
+        keys = np.array(queue.claim(connection, token, 2000))
+        for part in np.array_split(dice.permutation(np.flatnonzero(np.arange(2000) % 10)), 7):
+            vectors.write(connection, queue, token, keys[part], matrix[part])
+        order = dice.permutation(2000)
+        moved = "UPDATE embstore.item SET position = n FROM unnest(:keys) WITH ORDINALITY o(key, n) WHERE key = item_id"
+        connection.execute(text(moved), {"keys": keys[order].tolist()})
+    with database.reading() as connection:
+        ids, found = vectors.of_dataset(connection, queue.scope["dataset_id"], queue.scope["model_id"], 100, by=by)
+    expected = order if by == "position" else np.arange(2000)
+    expected = expected[expected % 10 > 0]
+    assert ids.tolist() == keys[expected].tolist()
+    assert bits(found) == bits(matrix[expected])
+
+
+def test_a_dataset_without_items_and_one_without_vectors_are_empty(database: Database) -> None:
+    with database.begin() as connection:
+        queue = fill(connection, 5)
+        fill(connection, 0, dataset="none")
+        for dataset_id in (queue.scope["dataset_id"], catalog.get_dataset(connection, "none").dataset_id):
+            ids, found = vectors.of_dataset(connection, dataset_id, queue.scope["model_id"], 3)
+            assert (ids.shape, found.shape) == ((0,), (0, 3))
+
+
+def test_a_read_shows_one_state_of_a_dataset_that_grows(database: Database) -> None:
+    with database.begin() as connection:
+        queue = fill(connection, 0)
+
+    def grow() -> None:
+        for count in range(10, 210, 10):
+            with database.begin() as connection:
+                fill(connection, count)
+                write(connection, queue, vectors_of(count)[-10:])
+
+    def look() -> list[int]:
+        seen = [0]
+        while seen[-1] < 200:
+            with database.reading() as connection:
+                _, found = vectors.of_dataset(connection, queue.scope["dataset_id"], queue.scope["model_id"], 3)
+            assert bits(found) == bits(vectors_of(200)[: len(found)])
+            seen.append(len(found))
+        return seen
+
+    _, seen = at_once(grow, look)
+    assert seen is not None
+    assert seen == sorted(seen)
+    assert all(count % 10 == 0 for count in seen)
+
+
+def test_who_breaks_off_a_read_leaves_nothing_behind(database: Database) -> None:
+    taken = []
+
+    def take(rows: Rows) -> None:
+        taken.append(len(rows["n"]))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), database.begin() as connection:
+        stream_rows(
+            connection, "SELECT * FROM generate_series(1::bigint, 200000)", {"n": (np.dtype(np.int64), None)}, take
+        )
+    assert 0 < taken[0] < 200_000
+    assert len(taken) == 1
+    activity = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'COPY%' AND pid <> pg_backend_pid()"
+    assert ask(database, activity + " AND state <> 'idle'") == [(0,)]
 
 
 def test_the_view_shows_typed_vectors_beside_their_items(database: Database) -> None:

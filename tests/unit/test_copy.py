@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from embstore.db.copy import Column, decode, encode
+from embstore.db.copy import PIECE, Column, Decoder, Rows, encode
 
 INT8, FLOAT4, FLOAT8 = np.dtype(np.int64), np.dtype(np.float32), np.dtype(np.float64)
 
@@ -41,6 +41,16 @@ def put_together(*rows: list[bytes | None]) -> memoryview:
         for field in row:
             data += struct.pack(">i", -1) if field is None else struct.pack(">i", len(field)) + field
     return memoryview(data + b"\xff\xff")
+
+
+def decode(data: memoryview, columns: dict[str, Column], size: int = 1 << 30) -> Rows:
+    """What comes out if `size` bytes are written at a time."""
+    pieces: list[Rows] = []
+    decoder = Decoder(columns, pieces.append)
+    for at in range(0, len(data), size):
+        decoder.write(bytes(data[at : at + size]))
+    decoder.end()
+    return {name: np.concatenate([piece[name] for piece in pieces]) for name in columns}
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
@@ -100,6 +110,32 @@ def test_what_was_encoded_is_decoded(count: int) -> None:
         assert decoded[name].dtype == values.dtype
         assert decoded[name].dtype.isnative
         assert np.array_equal(decoded[name], values)
+
+
+@pytest.mark.parametrize("size", [1, 18, 19, 20, 1000, PIECE - 1, PIECE, PIECE + 1, 1 << 20])
+def test_rows_may_come_in_pieces_of_any_size(size: int) -> None:
+    vectors = np.random.default_rng(0).random((70, 2000), np.float32)
+    columns: dict[str, NDArray[Any]] = {"key": np.arange(70, dtype=np.int64), "v": vectors}
+    decoded = decode(encode(columns).getbuffer(), {"key": (INT8, None), "v": (FLOAT4, 2000)}, size)
+    assert all(np.array_equal(decoded[name], columns[name]) for name in columns)
+
+
+def test_rows_are_handed_on_as_they_come() -> None:
+    pieces: list[Rows] = []
+    decoder = Decoder({"v": (FLOAT4, 100)}, pieces.append)
+    data = encode({"v": np.ones((2 * PIECE // 410, 100), dtype=np.float32)}).read()
+    decoder.write(data[:PIECE])
+    assert [len(piece["v"]) for piece in pieces] == [(PIECE - 19) // 410]
+    decoder.write(data[PIECE:])
+    decoder.end()
+    assert sum(len(piece["v"]) for piece in pieces) == 2 * PIECE // 410
+
+
+@pytest.mark.parametrize("cut", [0, 10, 18, 19, 20, -1, -2, -3, -30])
+def test_data_that_is_cut_off_is_refused(cut: int) -> None:
+    data = encode({"key": np.arange(3, dtype=np.int64)}).getbuffer()
+    with pytest.raises(ValueError, match="expected"):
+        decode(data[:cut], {"key": (INT8, None)})
 
 
 @pytest.mark.parametrize(

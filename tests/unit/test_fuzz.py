@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 
 from embstore.cli.main import COMMANDS, embstore
-from embstore.db.copy import Column, decode, encode
+from embstore.db.copy import Column, Decoder, Rows, encode
 from embstore.errors import EmbstoreError
 from embstore.media.audio import EXTENSIONS
 from embstore.settings import NAMES, load
@@ -148,6 +148,9 @@ def test_copy_data_of_any_bytes(data: bytes, place: int) -> None:
     columns = {"key": np.arange(3, dtype=np.int64), "vector": np.ones((3, 3), dtype=np.float32)}
     right = encode(columns).getvalue()
     for sample in (data, right[:place] + data + right[place + len(data) :]):
+        found: list[Rows] = []
         with contextlib.suppress(ValueError):
-            found = decode(memoryview(sample), SHAPES)
-            assert found["vector"].shape == (len(found["key"]), 3)
+            decoder = Decoder(SHAPES, found.append)
+            decoder.write(sample)
+            decoder.end()
+        assert all(rows["vector"].shape == (len(rows["key"]), 3) for rows in found)
