@@ -34,7 +34,7 @@ class Dataset:
 
 _INSERT = """
 INSERT INTO embstore.dataset (name, media, root, team) VALUES (:name, :media, :root, :team)
-ON CONFLICT (team, md5(name)) DO NOTHING
+ON CONFLICT (md5(team), md5(name)) DO NOTHING
 """
 _COLUMNS = "d.dataset_id, d.dataset, d.media, d.root, d.can_write"
 """Of the view `datasets`."""

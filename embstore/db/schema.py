@@ -42,7 +42,7 @@ from sqlalchemy.dialects.postgresql import JSONB, OID
 from sqlalchemy.types import UserDefinedType
 
 SCHEMA = "embstore"
-HEAD = "0013"
+HEAD = "0015"
 """The newest migration. Revisions are numbered, so that older and newer can be told apart without loading Alembic."""
 
 MINIMUM_SERVER = 16
@@ -89,8 +89,8 @@ dataset = Table(
         ForeignKey(team.c.team, name="dataset_team"),
         comment="that it belongs to; null: to the owner of the database",
     ),
-    # The hash, as a lookup by the name itself could use the index before the rows of others are taken out.
-    Index("dataset_team_name", "team", text("md5(name)"), unique=True, postgresql_nulls_not_distinct=True),
+    # Hashes, as a lookup by the names themselves could use the index before the rows of others are taken out.
+    Index("dataset_team_name", text("md5(team)"), text("md5(name)"), unique=True, postgresql_nulls_not_distinct=True),
 )
 
 dataset_share = Table(

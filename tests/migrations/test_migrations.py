@@ -168,6 +168,26 @@ def test_names_of_datasets_up_and_down(database: Database) -> None:
     assert len(newest - made[0]) >= 16
 
 
+def test_rules_up_and_down(database: Database) -> None:
+    """Those of the tables that a new model brings, too; and without them the older ones, not none."""
+    rules = f"SELECT tablename, policyname, qual, with_check FROM pg_policies WHERE schemaname = '{SCHEMA}'"
+
+    def look() -> set[tuple[str, ...]]:
+        with database.begin() as connection:
+            return {tuple(map(str, row)) for row in connection.exec_driver_sql(rules)}
+
+    with database.begin() as connection:
+        _model(connection, dim=2)
+    newest = look()
+    migrate.downgrade(database, "0013")
+    before = look()
+    migrate.upgrade(database)
+    assert look() == newest
+    assert {row[:2] for row in before} == {row[:2] for row in newest}
+    assert any("marks" in row[2] for row in newest)
+    assert not any("marks" in row[2] or "my_" in row[2] for row in before)
+
+
 _COLUMNS = f"""
 SELECT c.relname, a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull, a.attidentity,
     pg_get_expr(d.adbin, d.adrelid), col_description(a.attrelid, a.attnum)
