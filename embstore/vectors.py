@@ -45,6 +45,9 @@ _COUNT = """
 SELECT count(*) FROM embstore.extraction WHERE dataset_id = :dataset_id AND model_id = :model_id AND status = 'done'
 """
 
+_HUGE = 1 << 22
+"""Bytes of an array from which on numpy asks for huge pages."""
+
 _INT8 = np.dtype(np.int64), None
 _PLACE: dict[str, Column] = {"position": _INT8, "item_id": _INT8}
 
@@ -236,11 +239,13 @@ def _in_place(
 def _room(count: int, dim: int) -> NDArray[np.float32]:
     """An array to fill, of the system's small pages.
 
-    Those of numpy's own are huge where it is large, and to get one of them may take longer than the server has room to
-    send on meanwhile: on a virtual machine, whose host is to find it first, 4 ms; all in all that doubled the time.
+    For a large one numpy asks for huge pages, and to get one may take longer than the server has room to send on
+    meanwhile: 4 ms on a virtual machine, whose host has to find it first. A read took up to half as long again.
     """
-    memory = mmap.mmap(-1, max(1, 4 * count * dim), access=mmap.ACCESS_COPY)
-    return np.frombuffer(memory, np.float32, count * dim).reshape(count, dim)
+    size = 4 * count * dim
+    if size < _HUGE:
+        return np.empty((count, dim), np.float32)
+    return np.frombuffer(mmap.mmap(-1, size, access=mmap.ACCESS_COPY), np.float32).reshape(count, dim)
 
 
 def _which(item_ids: NDArray[np.int64]) -> str:

@@ -171,9 +171,9 @@ def test_pages_come_by_position_and_leave_out_what_has_no_vector(database: Datab
 @pytest.mark.parametrize("by", vectors.ORDERS)
 def test_many_vectors_come_to_their_places_from_wherever_they_lie(database: Database, by: vectors.Order) -> None:
     """Written in another order than that of the ids, which is not that of the dataset; every tenth has none."""
-    dice, matrix = np.random.default_rng(0), vectors_of(2000, 100)
+    dice, matrix = np.random.default_rng(0), vectors_of(2000, 800)  # of more than 4 MB
     with database.begin() as connection:
-        fill(connection, 500, dataset="before", model=(model := Facts(dim=100)))
+        fill(connection, 500, dataset="before", model=(model := Facts(dim=800)))
         queue = fill(connection, 2000, model=model)
         token = take_lease(connection)
         keys = np.array(queue.claim(connection, token, 2000))
@@ -183,7 +183,7 @@ def test_many_vectors_come_to_their_places_from_wherever_they_lie(database: Data
         moved = "UPDATE embstore.item SET position = n FROM unnest(:keys) WITH ORDINALITY o(key, n) WHERE key = item_id"
         connection.execute(text(moved), {"keys": keys[order].tolist()})
     with database.reading() as connection:
-        ids, found = vectors.of_dataset(connection, queue.scope["dataset_id"], queue.scope["model_id"], 100, by=by)
+        ids, found = vectors.of_dataset(connection, queue.scope["dataset_id"], queue.scope["model_id"], 800, by=by)
     expected = order if by == "position" else np.arange(2000)
     expected = expected[expected % 10 > 0]
     assert ids.tolist() == keys[expected].tolist()
