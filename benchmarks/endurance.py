@@ -9,8 +9,8 @@ time.
 
 Every minute: living and dead rows and bytes of each table with its indexes and of the system's catalogue, how often
 autovacuum came by, private memory of the processes, and the time of a claim's statement. It is compared with that of
-the same claim from a queue of 1,000 items in a database that is made anew every minute, taken in turns with it: what
-else the machine does falls on both alike. --figures keeps all of them as CSV, --picture draws them.
+the same claim from a queue of 1,000 items in another database, which is rewritten every minute, taken in turns with it:
+what else the machine does falls on both alike. --figures keeps all of them as CSV, --picture draws them.
 
 At the end each is compared, the median of the last tenth of the minutes with that of the tenth before the snapshot;
 sizes by the living row, as the store grows. A snapshot makes tables grow: how much is printed too.
@@ -32,7 +32,7 @@ from statistics import median
 import numpy as np
 import psutil
 from common import command, postmaster, seconds, server
-from sqlalchemy import Connection, create_engine, make_url, text
+from sqlalchemy import Connection, create_engine, text
 
 from embstore import catalog, vectors
 from embstore.db import migrate
@@ -120,54 +120,36 @@ class _Young:
     """A queue that is never old, to compare with."""
 
     def __init__(self, settings: Settings) -> None:
-        self._server = Database(settings)
-        self._run("CREATE DATABASE pattern")
-        pattern = self._open("pattern")
-        migrate.upgrade(pattern)
-        with pattern.begin() as connection:
+        with create_engine(Database(settings).url, isolation_level="AUTOCOMMIT").connect() as connection:
+            connection.execute(text("CREATE DATABASE young"))
+            address = connection.engine.url.set(database="young").render_as_string(hide_password=False)
+        self._database = Database(load(database_url=address))
+        migrate.upgrade(self._database)
+        with self._database.begin() as connection:
             model_id = int(connection.execute(text(_MODEL), {"dim": DIM}).scalar_one())
             dataset_id = catalog.ensure_dataset(connection, "young", "audio", "/young").dataset_id
             register(connection, dataset_id, _entries(dict.fromkeys(range(YOUNG), 0)))
             enqueue(connection, dataset_id, model_id)
-            connection.execute(text("ANALYZE"))
-        pattern.close()
+            self._token = take_lease(connection, LEASE_SECONDS)
         self._queue = Queue("embstore.extraction", "item_id", {"dataset_id": dataset_id, "model_id": model_id})
-        self._database: Database | None = None
         self.claims: list[float] = []
 
     def renew(self) -> None:
-        """Make it anew."""
+        """Rewrite it, with its indexes."""
         self.claims.clear()
-        if self._database is not None:
-            self._database.close()
-            self._run("DROP DATABASE young")
-        self._run("CREATE DATABASE young TEMPLATE pattern")
-        self._database = self._open("young")
-        with self._database.begin() as connection:
-            self._token = take_lease(connection, LEASE_SECONDS)
+        with self._database.autocommit() as connection:
+            connection.execute(text("VACUUM FULL ANALYZE embstore.extraction"))
 
     def claim(self) -> None:
         """Claim a batch, and put it back; a few times a minute, so that it stays young."""
-        if self._database is not None and len(self.claims) < YOUNG // BATCH:
+        if len(self.claims) < YOUNG // BATCH:
             with self._database.begin() as connection:
                 self.claims.append(seconds(lambda: self._queue.claim(connection, self._token, BATCH)))
                 connection.rollback()
 
     def close(self) -> None:
         """Disconnect."""
-        if self._database is not None:
-            self._database.close()
-        self._server.close()
-
-    def _run(self, statement: str) -> None:
-        engine = create_engine(self._server.url, isolation_level="AUTOCOMMIT")
-        with engine.connect() as connection:
-            connection.execute(text(statement))
-        engine.dispose()
-
-    def _open(self, name: str) -> Database:
-        address = make_url(self._server.url).set(database=name).render_as_string(hide_password=False)
-        return Database(load(database_url=address))
+        self._database.close()
 
 
 class _Feed:
