@@ -25,6 +25,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -233,15 +234,23 @@ def _count(connection: Connection, table: str) -> int:
 
 
 def _memory(settings: Settings) -> Sample:
-    """Private megabytes of this process, of its session at the server, and of all other processes of the server."""
-    memory = {"client_mb": psutil.Process().memory_full_info().uss, "session_mb": 0, "server_mb": 0}
+    """Megabytes of this process, of its session at the server, and of all other processes of the server.
+
+    What they have mapped is left out: the server's shared buffers would count for who happens to touch them first.
+    """
+    memory: Sample = {"client_mb": _anonymous(psutil.Process()), "session_mb": 0, "server_mb": 0}
     for process in postmaster(settings).children():
-        try:
-            kind = "session_mb" if "postgres: embstore: embstore" in " ".join(process.cmdline()) else "server_mb"
-            memory[kind] += process.memory_full_info().uss
-        except psutil.NoSuchProcess:
-            continue
-    return {kind: round(size / (1 << 20), 2) for kind, size in memory.items()}
+        with suppress(psutil.NoSuchProcess):
+            kind = (
+                "session_mb" if "postgres: embstore: embstore embstore" in " ".join(process.cmdline()) else "server_mb"
+            )
+            memory[kind] += _anonymous(process)
+    return memory
+
+
+def _anonymous(process: psutil.Process) -> float:
+    memory = process.memory_info()
+    return round((memory.rss - memory.shared) / (1 << 20), 2)
 
 
 def _line(sample: Sample) -> str:
