@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import re
 from collections.abc import Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -197,30 +198,41 @@ def of_dataset(connection: Connection, dataset_id: int, model_id: int, dim: int,
 
     Let the caller's transaction be REPEATABLE READ, so that order and vectors are of one state.
     """
-    places = read_rows(connection, _ALL_PLACES.format(dataset=dataset_id), _PLACE)
-    item_ids = places["item_id"][np.argsort(places[by])]
-    if count(connection, dataset_id, model_id) < len(item_ids):
-        embedded = read_rows(connection, _EMBEDDED.format(dataset=dataset_id, id=model_id), {"item_id": _INT8})
-        item_ids = item_ids[np.isin(item_ids, embedded["item_id"])]
-    there, found = _in_place(connection, dataset_id, model_id, dim, item_ids, _within(item_ids))
-    return Vectors(item_ids[there], found)
+    total = count(connection, dataset_id, model_id)
+    room = _room(total, dim)
+    with ThreadPoolExecutor(1) as beside:
+        beside.submit(_get_pages, room)
+        places = read_rows(connection, _ALL_PLACES.format(dataset=dataset_id), _PLACE)
+        item_ids = places["item_id"][np.argsort(places[by])]
+        if total < len(item_ids):
+            embedded = read_rows(connection, _EMBEDDED.format(dataset=dataset_id, id=model_id), {"item_id": _INT8})
+            item_ids = item_ids[np.isin(item_ids, embedded["item_id"])]
+    found = room[: len(item_ids)]
+    there = _fill(found, connection, dataset_id, model_id, item_ids, _within(item_ids))
+    return Vectors(item_ids[there], found if there.all() else found[there])
 
 
 def of_items(
     connection: Connection, dataset_id: int, model_id: int, dim: int, item_ids: NDArray[np.int64]
 ) -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
     """Which of these different items have a vector, bool [n], and their vectors in that order, float32 [there, dim]."""
-    return _in_place(connection, dataset_id, model_id, dim, item_ids, _which(item_ids))
-
-
-def _in_place(
-    connection: Connection, dataset_id: int, model_id: int, dim: int, item_ids: NDArray[np.int64], which: str
-) -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
-    """The same of what a condition finds: sent as the server likes best, each put where it belongs."""
-    there = np.zeros(len(item_ids), dtype=np.bool_)
     found = _room(len(item_ids), dim)
+    there = _fill(found, connection, dataset_id, model_id, item_ids, _which(item_ids))
+    return there, found if there.all() else found[there]
+
+
+def _fill(
+    found: NDArray[np.float32],
+    connection: Connection,
+    dataset_id: int,
+    model_id: int,
+    item_ids: NDArray[np.int64],
+    which: str,
+) -> NDArray[np.bool_]:
+    """Put the vectors that a condition finds, sent as the server likes best, where they belong; which there are."""
+    there = np.zeros(len(item_ids), dtype=np.bool_)
     if not len(item_ids):
-        return there, found
+        return there
     order = np.argsort(item_ids)
     ids = item_ids[order]
 
@@ -232,8 +244,8 @@ def _in_place(
         found[places] = rows["embedding"] if wanted.all() else rows["embedding"][wanted]
 
     sql = _OF_ITEMS.format(dataset=dataset_id, id=model_id, which=which)
-    stream_rows(connection, sql, {"item_id": _INT8, "embedding": (np.dtype(np.float32), dim)}, put)
-    return there, found if there.all() else found[there]
+    stream_rows(connection, sql, {"item_id": _INT8, "embedding": (np.dtype(np.float32), found.shape[1])}, put)
+    return there
 
 
 def _room(count: int, dim: int) -> NDArray[np.float32]:
@@ -246,6 +258,11 @@ def _room(count: int, dim: int) -> NDArray[np.float32]:
     if size < _HUGE:
         return np.empty((count, dim), np.float32)
     return np.frombuffer(mmap.mmap(-1, size, access=mmap.ACCESS_COPY), np.float32).reshape(count, dim)
+
+
+def _get_pages(room: NDArray[np.float32]) -> None:
+    """Touch every page of it: the system takes a fifth of the time to give them that the vectors take to come."""
+    room.reshape(-1)[:: mmap.PAGESIZE // room.itemsize] = 0
 
 
 def _which(item_ids: NDArray[np.int64]) -> str:
