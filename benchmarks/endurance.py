@@ -75,7 +75,8 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="PNG to draw them to")
     options = parser.parse_args()
     with server() as settings:
-        feed = _Feed(Database(settings), options.items, _Young(settings))
+        database = Database(settings)
+        feed = _Feed(database, options.items, _Young(database))
         feed.round_all()
         samples = list(_minutes(settings, feed, options))
         feed.database.close()
@@ -120,8 +121,8 @@ def _minutes(settings: Settings, feed: _Feed, options: argparse.Namespace) -> It
 class _Young:
     """A queue that is never old, to compare with."""
 
-    def __init__(self, settings: Settings) -> None:
-        with create_engine(Database(settings).url, isolation_level="AUTOCOMMIT").connect() as connection:
+    def __init__(self, beside: Database) -> None:
+        with beside.autocommit() as connection:
             connection.execute(text("CREATE DATABASE young"))
             address = connection.engine.url.set(database="young").render_as_string(hide_password=False)
         self._database = Database(load(database_url=address))

@@ -20,6 +20,7 @@ _BUSY = 0.8
 """Share of the cores' time from which on another thread would get none."""
 _MOST_DECODERS = 64
 _ENOUGH_DECODERS = 4
+"""Decoding threads of a worker from which on another worker brings more than another thread."""
 _MOST_A_GPU = 4
 """Workers on one GPU that were seen to pay: 2.3 to 2.8 times as fast as one, on 16 cores."""
 

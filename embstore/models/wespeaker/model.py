@@ -174,23 +174,20 @@ def _groups(windows: Sequence[_Window], batching: Batching, budget: int) -> Iter
     then has a round number of windows, and those beyond go into the next.
     """
     if batching == "single":
-        for window in windows:
-            yield [window]
+        yield from ([window] for window in windows)
         return
     group: list[_Window] = []
-    for window in sorted(windows, key=lambda window: -window.frames):
-        while group and not _fits(window, group, batching, budget):
+    for window in (*sorted(windows, key=lambda window: -window.frames), None):
+        while group and (window is None or not _fits(window, group, batching, budget)):
             rows = _round(len(group)) if batching == "masked" else len(group)
             yield group[:rows]
             group = group[rows:]
-        group.append(window)
-    while group:
-        rows = _round(len(group)) if batching == "masked" else len(group)
-        yield group[:rows]
-        group = group[rows:]
+        if window is not None:
+            group.append(window)
 
 
 def _fits(window: _Window, group: Sequence[_Window], batching: Batching, budget: int) -> bool:
+    """Whether a group takes another window, which is no longer than any in it."""
     longest = group[0].frames
     least = _NARROW if len(group) * longest >= _ENOUGH_FRAMES else _SPREAD
     least = 1.0 if batching == "equal" else least
