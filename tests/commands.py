@@ -24,8 +24,8 @@ import soundfile
 from sqlalchemy import make_url
 
 RATE = 16_000
-PATIENCE = 60.0
-"""Seconds after which something that a test waits for will not happen any more."""
+PATIENCE = 300.0
+"""Seconds after which something that a test waits for will not happen any more, however slow the machine is."""
 
 
 def wait_until(holds: Callable[[], Any], what: str, seconds: float = PATIENCE) -> None:
@@ -162,6 +162,22 @@ Start = Callable[..., Command]
 """Starts a command with these words; keywords are environment, but for `terminal`."""
 
 
+# A row for which a trigger returns NULL stays as it is, and is not among those that the claim gets.
+_HOLD_BACK = """
+CREATE OR REPLACE FUNCTION public.hold_back() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$
+BEGIN
+    IF NEW.{key} IN (
+        SELECT {key} FROM {table} WHERE dataset_id = NEW.dataset_id ORDER BY {key} DESC LIMIT {number})
+    THEN RETURN NULL; END IF;
+    RETURN NEW;
+END $$
+"""
+_HOLD = """
+CREATE OR REPLACE TRIGGER hold_back BEFORE UPDATE ON {table} FOR EACH ROW
+WHEN (OLD.status = 'pending' AND NEW.status = 'running') EXECUTE FUNCTION public.hold_back()
+"""
+
+
 class Watcher:
     """Looks into the database from outside, to strike at a known moment."""
 
@@ -201,9 +217,21 @@ class Watcher:
         """Wait until at least that many items are done."""
         wait_until(lambda: self.count("done") >= number, f"{number} items done")
 
-    def wait_for_claims(self) -> None:
-        """Wait until a worker has claimed something."""
-        wait_until(lambda: self.count("running") > 0, "a claim")
+    def wait_for_claims(self, beyond: int = 0) -> None:
+        """Wait until more extractions than that have been claimed, if they are not finished by now."""
+        wait_until(lambda: sum(self.statuses().values()) - self.count("pending") > beyond, "a claim")
+
+    def hold_back(self, number: int, table: str = "embstore.extraction", key: str = "item_id") -> None:
+        """Let nobody claim the last so many rows of each dataset: until `let_go`, no run comes to its end.
+
+        However fast its workers are, a strike is in the middle then. Rows that are to be queued later count as well.
+        """
+        self.rows(_HOLD_BACK.format(number=number, table=table, key=key))
+        self.rows(_HOLD.format(table=table))
+
+    def let_go(self, table: str = "embstore.extraction", key: str = "item_id") -> None:
+        """Have everything claimed that was held back."""
+        self.rows(_HOLD_BACK.format(number=0, table=table, key=key))
 
 
 def write_tones(folder: Path, count: int, *, speakers: int = 10, first: int = 0) -> list[Path]:

@@ -276,14 +276,18 @@ def test_real_speech_by_a_real_model_survives_ctrl_c_and_a_killed_worker(
     start: Start, watcher: Watcher, test_data: Path, runs: Runs
 ) -> None:
     words = ("extract", str(test_data / "speech" / "librispeech"), "--workers", "2")
+    watcher.hold_back(20)
     run = start(*words)
     watcher.wait_for_done(1)
     run.press_ctrl_c()
     assert run.wait() == INTERRUPTED
     before = audit(watcher, runs)
+    assert 1 <= before["done"] <= sum(before.values()) - 20
+    watcher.hold_back(1)
     run = start(*words)
     watcher.wait_for_done(before["done"] + 1)
     run.workers()[-1].kill()
+    watcher.let_go()
     assert run.wait() == 0, run.err
     statuses = audit(watcher, runs)
     golden = np.load(test_data / "resemblyzer-golden.npz")
