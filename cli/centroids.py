@@ -10,7 +10,8 @@ from typing import get_args
 import click
 
 from embstore import catalog, centroids
-from embstore.centroids import Average, Options
+from embstore.averages import Average
+from embstore.centroids import Options
 from embstore.db.migrate import require_ready
 from embstore.progress import Display
 from embstore.settings import load

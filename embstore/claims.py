@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
 from dataclasses import dataclass
 
@@ -9,7 +11,11 @@ from sqlalchemy import Connection
 
 from embstore import faults
 from embstore.db.engine import Database
+from embstore.errors import DatabaseError
 from embstore.queue import LEASE_SECONDS, Queue, end_lease, renew_lease, take_lease
+
+_BEAT = 1.0
+"""Seconds between looks at whether the lease is to be renewed."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,19 @@ class Claimant:
         if time.monotonic() - self._renewed > self._seconds / 4:
             self._database.patiently(lambda c: renew_lease(c, self.token, self._seconds))
             self._renewed = time.monotonic()
+
+    def keep(self) -> None:
+        """Renew the lease from now on in a thread of its own, which needs a connection: for statements that take long.
+
+        If the lease is lost, what is written under it is refused anyway.
+        """
+        threading.Thread(target=self._beat, daemon=True, name="lease").start()
+
+    def _beat(self) -> None:
+        with contextlib.suppress(DatabaseError):
+            while True:
+                time.sleep(_BEAT)
+                self.renew()
 
     def leave(self) -> None:
         """End the lease."""

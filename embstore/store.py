@@ -22,14 +22,13 @@ import psycopg2
 from numpy.typing import ArrayLike, NDArray
 from sqlalchemy import Connection
 
-from embstore import catalog, query, recipes, reports, vectors
-from embstore import centroids as averages
+from embstore import averages, catalog, centroids, query, recipes, reports, vectors
 from embstore import search as searching
+from embstore.averages import Average, Centroids
 from embstore.boundaries import job, labels
 from embstore.boundaries.job import Method
 from embstore.boundaries.labels import Boundaries
 from embstore.catalog import Dataset, StoredModel
-from embstore.centroids import Average, Centroids
 from embstore.db.cancel import cancellable
 from embstore.db.engine import Database
 from embstore.db.migrate import require_ready
@@ -166,15 +165,15 @@ class Store:
         Returns how it ended, by model. Raises as `extract` does.
         """
         settings = self._for_job(workers)
-        options = averages.Options(average, min_utterances, recompute=recompute)
-        number = averages.count_workers(settings, asked=workers)
+        options = centroids.Options(average, min_utterances, recompute=recompute)
+        number = centroids.count_workers(settings, asked=workers)
         with self.database.begin() as connection:
             pairs = catalog.embedded(connection, dataset, model, writing=True)
         parameters = {"average": average, "min_utterances": min_utterances, "recompute": recompute, "from": "python"}
         outcomes = {}
         for found, datasets in pairs:
             outcomes[found.name] = _finished(
-                averages.compute(
+                centroids.compute(
                     self.database,
                     settings,
                     found,
@@ -275,7 +274,7 @@ class Store:
         Raises UsageError and ModelError.
         """
         with self._pair(dataset, model) as (connection, stored, of):
-            return averages.read(connection, of.dataset_id, stored)
+            return averages.read(connection, of.dataset_id, stored.model_id, stored.dim)
 
     def boundaries(self, dataset: str | None = None, model: str | None = None, *, run: int | None = None) -> Boundaries:
         """What a boundary run found: the one of that number, or the newest that is finished; see `detect_boundaries`.

@@ -5,11 +5,8 @@ All of a run's rows are written in the transaction that marks it done: a killed 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,7 +22,6 @@ from embstore.catalog import Dataset, StoredModel
 from embstore.claims import Claimant
 from embstore.db.copy import copy_rows
 from embstore.db.engine import Database
-from embstore.errors import DatabaseError
 from embstore.progress import Display, Tally
 from embstore.queue import Queue, Refusal
 from embstore.settings import Settings
@@ -37,7 +33,7 @@ Method = Literal["auto", "cosine", "gmm"]
 CONNECTIONS = 2
 """A worker's: one reads, in one long transaction; the other renews the lease."""
 _IDLE = 0.3
-_BEAT = 1.0
+"""Seconds between looks at what other workers still have."""
 
 # Two commands that start at once with the same parameters work on one run, not on one each.
 _LOCK = "SELECT FROM embstore.dataset WHERE dataset_id = :dataset_id FOR NO KEY UPDATE"
@@ -166,7 +162,7 @@ class _Worker:
         channel.send(Leased(self._claimant.token))
 
     def run(self) -> None:
-        threading.Thread(target=self._beat, daemon=True, name="lease").start()
+        self._claimant.keep()
         open_queues = self._queues
         while open_queues and not self._channel.stopping.is_set():
             worked = [self._work_on(queue) for queue in open_queues]
@@ -174,13 +170,6 @@ class _Worker:
             if open_queues and not any(worked):
                 self._channel.stopping.wait(_IDLE)
         self._claimant.leave()
-
-    def _beat(self) -> None:
-        """Renew the lease, in a thread of its own; if it is lost, what is written under it is refused anyway."""
-        with contextlib.suppress(DatabaseError):
-            while True:
-                time.sleep(_BEAT)
-                self._claimant.renew()
 
     def _work_on(self, queue: Queue) -> bool:
         """Work on one run of the queue; False if there was none to claim."""

@@ -17,9 +17,10 @@ from helpers import Facts, ask, entry, fill, vectors_of, wait_until_blocked
 from numpy.typing import NDArray
 from sqlalchemy import make_url, text
 
-from embstore import catalog, centroids, vectors
+from embstore import averages, catalog, centroids, claims, vectors
+from embstore.averages import Average, centroid_queue
 from embstore.catalog import Dataset, StoredModel
-from embstore.centroids import Average, Options
+from embstore.centroids import Options, Task
 from embstore.claims import Claimant
 from embstore.db.engine import Database
 from embstore.errors import DatabaseError
@@ -96,7 +97,7 @@ class Store:
 
     def refresh(self, average: Average = "mean") -> None:
         with self.database.begin() as connection:
-            centroids.refresh(connection, self.dataset_id, self.model_id, Options(average))
+            averages.refresh(connection, centroid_queue(self.dataset_id, self.model_id), average=average)
 
     def bits(self) -> dict[str, bytes]:
         rows = ask(
@@ -261,7 +262,7 @@ def test_status_changes_need_no_entry_in_any_index(store: Store) -> None:
     for name in ("ann", "bob", "cem"):
         store.add(name, vectors_of(2))
     store.refresh()
-    queue = centroids.centroid_queue(store.dataset_id, store.model_id)
+    queue = centroid_queue(store.dataset_id, store.model_id)
     refusal = "too_few_utterances"
     with store.database.begin() as connection:
         token = take_lease(connection)
@@ -281,7 +282,7 @@ def test_a_claim_walks_the_index_whatever_the_statistics_say(store: Store) -> No
     with store.database.begin() as connection:
         connection.exec_driver_sql("ANALYZE embstore.centroid")  # none is pending
         connection.exec_driver_sql("UPDATE embstore.centroid SET status = 'pending'")
-    queue = centroids.centroid_queue(store.dataset_id, store.model_id)
+    queue = centroid_queue(store.dataset_id, store.model_id)
     claim = _CLAIM.replace("UPDATE", "EXPLAIN UPDATE", 1).format(**queue._names)
     plan = "\n".join(line for (line,) in ask(store.database, claim, **queue.scope, token=1, limit=2, after=0))
     assert "Index Scan using centroid_pkey" in plan
@@ -465,7 +466,7 @@ def test_two_runs_that_want_different_averages_do_not_mix_them(crowd: Crowd) -> 
     with store.database.begin() as connection:
         run_id = catalog.start_run(connection, "centroids", store.dataset_id, store.model_id, {})
     assert store.read() == {}
-    job = centroids.Job(store.settings, store.model_id, ((store.dataset_id, run_id, 10),), 1)
+    job = centroids.Job(store.settings, store.model_id, (Task(store.dataset_id, run_id, 10),), 1)
     centroids.work(_Channel(), job)  # type: ignore[arg-type]
     for i, vector in enumerate(store.read().values()):
         assert np.abs(vector - expected(vectors_of(3, seed=i), "unit")).max() <= 1e-6
@@ -497,7 +498,7 @@ def test_a_change_that_is_committed_while_centroids_run_is_not_lost(crowd: Crowd
     early.commit()
     assert stale(store) == {"ann", "bob"}
     store.refresh()
-    queue = centroids.centroid_queue(store.dataset_id, store.model_id)
+    queue = centroid_queue(store.dataset_id, store.model_id)
     with store.database.begin() as connection:
         token = take_lease(connection)
         keys = queue.claim(connection, token, 10)
@@ -519,13 +520,13 @@ def test_a_refresh_takes_a_running_speaker_away_from_a_worker_with_older_vectors
     store, _ = crowd
     store.add("bob", vectors_of(1, seed=4))
     store.refresh()
-    queue = centroids.centroid_queue(store.dataset_id, store.model_id)
+    queue = centroid_queue(store.dataset_id, store.model_id)
     with store.database.begin() as connection:
         token = take_lease(connection)
         keys = queue.claim(connection, token, 10)
     store.add("bob", vectors_of(1, seed=5))
     store.refresh()
-    statement = text(centroids._COMPUTE.format(model_id=store.model_id))
+    statement = text(averages._COMPUTE.format(model_id=store.model_id))
     values = {**queue.scope, "keys": keys, "min_utterances": 1, "run_id": 1, "token": token}
     assert ask(store.database, str(statement), **values) == []
     assert store.compute().tally.done == 1
@@ -538,8 +539,8 @@ def test_a_range_that_takes_longer_than_a_lease_keeps_it(crowd: Crowd, monkeypat
     store.add("bob", vectors_of(1, seed=4))
     store.refresh()
     monkeypatch.setattr(centroids, "Claimant", partial(Claimant, lease_seconds=1.0))
-    monkeypatch.setattr(centroids, "_BEAT", 0.05)
-    job = centroids.Job(store.settings, store.model_id, ((store.dataset_id, 1, 10),), 1)
+    monkeypatch.setattr(claims, "_BEAT", 0.05)
+    job = centroids.Job(store.settings, store.model_id, (Task(store.dataset_id, 1, 10),), 1)
     lease = "SELECT expires_at FROM embstore.centroid JOIN embstore.lease ON token = claim_token WHERE speaker = 'bob'"
     with ThreadPoolExecutor(1) as threads:
         with store.database.begin() as connection:

@@ -17,7 +17,7 @@ from people import People, people_of
 from psycopg2 import sql
 from sqlalchemy import Connection, make_url, text
 
-from embstore import catalog, centroids, members, sharing, vectors
+from embstore import averages, catalog, members, sharing, vectors
 from embstore.db import migrate
 from embstore.db.engine import Database
 from embstore.models.base import Face
@@ -110,7 +110,7 @@ def _work(database: Database, name: str, team_d: str) -> None:
         run = catalog.start_run(connection, "extract", dataset.dataset_id, model.model_id, {})
         catalog.end_run(connection, run, dataset.dataset_id, "done", {"done": 10})
         catalog.start_run(connection, "extract", dataset.dataset_id, model.model_id, {})
-        centroids.refresh(connection, dataset.dataset_id, model.model_id, centroids.Options())
+        averages.refresh(connection, averages.centroid_queue(dataset.dataset_id, model.model_id))
         connection.execute(text(_CENTROID_VECTORS), {"d": dataset.dataset_id})
         connection.execute(text("UPDATE embstore.item SET speaker = 'other' WHERE path = 's1/4.wav'"))
         _find_boundaries(connection, dataset.dataset_id, model.model_id)
