@@ -16,46 +16,22 @@ on what else the machine does, but they do not see a device that waits for files
 from __future__ import annotations
 
 import itertools
-import os
-import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from common import Times, arguments, in_turns, server, show, show_ratio, start, temporary_folder
+from pipeline import SPEECH, Alone, end_to_end, replicate, run_workers
 
-from embstore import catalog
-from embstore.db.engine import Database
 from embstore.errors import ItemError
 from embstore.extract import devices
-from embstore.extract.devices import Plan
-from embstore.extract.pipeline import Job, Task, extraction_queue, work
-from embstore.extract.run import register_source
-from embstore.media import audio, extensions
+from embstore.media import audio
 from embstore.models.base import Prepared
-from embstore.models.registry import find
 from embstore.models.resemblyzer import Resemblyzer, ResemblyzerRecipe
-from embstore.register import enqueue
-from embstore.settings import Settings
-from embstore.sources import open_source
-from embstore.supervise import Committed, Leased
-from embstore.workers import Channel, Crew
-
-SPEECH = Path(os.environ.get("EMBSTORE_TEST_DATA") or Path(__file__).parents[2] / "shared" / "data") / "speech"
-
-
-@dataclass(frozen=True)
-class Alone:
-    """What the process that runs the model alone is told."""
-
-    files: Sequence[Path]
-    plan: Plan
-    how: str
+from embstore.workers import Channel
 
 
 def main() -> None:
@@ -71,9 +47,11 @@ def main() -> None:
 
         def run(how: str) -> float:
             if how == "end to end":
-                taken, used = end_to_end(settings, folder / "audio", f"round-{next(numbers)}", plan)
+                taken, used = end_to_end(
+                    settings, ResemblyzerRecipe(), folder / "audio", f"round-{next(numbers)}", plan
+                )
             else:
-                ((_, _, (taken, used)),) = run_workers(embed_decoded, Alone(files, plan, how), plan)
+                ((_, _, (taken, used)),) = run_workers(embed_decoded, [Alone(files, plan, how)], plan)
             processor.setdefault(f"{how}, processors' seconds", []).append(used)
             return float(taken)
 
@@ -86,69 +64,6 @@ def main() -> None:
     used = {how: median(values) for how, values in processor.items()}
     least = min(value for how, value in used.items() if how.startswith("alone"))
     show_ratio("processors' seconds of the model alone / end to end", least / used[next(iter(used))], "0.9 or more")
-
-
-def replicate(source: Path, folder: Path, items: int) -> list[Path]:
-    """Copy the folder's audio, over and over, until there are `items` files; real copies, not links.
-
-    If it has more than that, they are taken evenly from the whole of it.
-    """
-    originals = sorted(path for path in source.rglob("*") if path.suffix.lower() in audio.EXTENSIONS)
-    if not originals:
-        raise SystemExit(f"no audio in '{source}': name a folder that has some with --data")
-    if items < len(originals):
-        originals = [originals[number * len(originals) // items] for number in range(items)]
-    copies = []
-    for number, path in zip(range(items), itertools.cycle(originals), strict=False):
-        copy = folder / f"copy-{number // len(originals):03}" / path.relative_to(source)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, copy)
-        copies.append(copy)
-    return copies
-
-
-def end_to_end(
-    settings: Settings, folder: Path, name: str, plan: Plan, model: str = "resemblyzer"
-) -> tuple[float, float]:
-    """Extract the folder as a dataset of its own; seconds, and processors' seconds, from first lease to last commit."""
-    database = Database(settings)
-    recipe = find(model, {})
-    source = open_source(folder, extensions=extensions.BY_MEDIA[recipe.media])
-    dataset, registered = register_source(database, source, name=name, media=recipe.media)
-    with database.begin() as connection:
-        model_id = catalog.ensure_model(connection, recipe)
-        enqueue(connection, dataset.dataset_id, model_id)
-    task = Task(dataset.dataset_id, dataset.root)
-    job = Job(settings, recipe, model_id, (task,), "cpu", plan.decoders)
-    messages = run_workers(work_by_the_clock, job, plan)
-    leases = {worker: used for worker, _, (used, one) in messages if isinstance(one, Leased)}
-    commits = [(worker, moment, used, one) for worker, moment, (used, one) in messages if isinstance(one, Committed)]
-    assert sum(one.tally.processed for *_, one in commits) == registered.found
-    ends = {worker: used for worker, _, used, _ in commits}
-    with database.begin() as connection:
-        assert not extraction_queue(dataset.dataset_id, model_id).is_open(connection)
-    database.close()
-    return commits[-1][1] - messages[0][1], sum(used - leases[worker] for worker, used in ends.items())
-
-
-def work_by_the_clock(channel: Channel, job: Job) -> None:
-    """Body of the worker process: that of `embstore extract`, with the processors' seconds beside every message."""
-    send = channel.send
-    channel.send = lambda message: send((time.process_time(), message))  # type: ignore[method-assign]
-    work(channel, job)
-
-
-def run_workers(target: Callable[[Channel, Any], None], job: object, plan: Plan) -> list[tuple[int, float, Any]]:
-    """Run the plan's workers as `embstore extract` does; their messages, with the worker's number and the time."""
-    messages: list[tuple[int, float, Any]] = []
-
-    def note(index: int, message: object) -> bool:
-        messages.append((index, time.perf_counter(), message))
-        return True
-
-    jobs = [job] * len(plan.devices)
-    Crew(target, jobs, environ=plan.environ, on_message=note, on_death=lambda _index: None).run()
-    return messages
 
 
 def embed_decoded(channel: Channel, job: Alone) -> None:

@@ -188,7 +188,7 @@ def _work(  # type: ignore[no-untyped-def]
 def _measure_extract(network: str, files: Sequence[Path], options: argparse.Namespace) -> None:
     """The whole of it, through the database."""
     from common import server
-    from wespeaker_cpu import end_to_end
+    from pipeline import end_to_end
 
     from embstore.extract import devices
     from embstore.extract.tuning import Tuning

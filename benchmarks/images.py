@@ -2,7 +2,7 @@
 
 end to end      a worker process of `embstore extract`, one for all cores, from its lease (just before its first claim)
                 to its last commit: claim, open, decode, the model's statistics, write; without starting Python
-two workers     the same with two of them, which share the cores
+two workers     the same with two of them, which share the cores, from the moment at which both have their lease
 Pillow loop     what anybody would write: open a picture with Pillow, convert it to RGB, scale it, the model's
                 statistics; one after the other in one thread, and nothing is written
 Pillow threads  the same in as many threads as the worker has decoders
@@ -17,32 +17,20 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from common import Times, arguments, in_turns, ratio, server, show, show_ratio, start, temporary_folder
-from extract import end_to_end, run_workers
 from PIL import Image
+from pipeline import Alone, end_to_end, run_workers
 
 from embstore.extract import devices
-from embstore.extract.devices import Plan
 from embstore.models.statistical_image import SIDE, recipe, statistics
 from embstore.workers import Channel
 
 ENDINGS = (".jpg", ".jpg", ".jpg", ".jpg", ".png", ".webp")
-
-
-@dataclass(frozen=True)
-class Alone:
-    """What the process that runs a loop is told."""
-
-    files: Sequence[Path]
-    plan: Plan
-    how: str
 
 
 def main() -> None:
@@ -61,9 +49,9 @@ def main() -> None:
 
         def run(how: str) -> float:
             if how in plans:
-                taken, used = end_to_end(settings, pictures, f"{next(numbers)}", plans[how], "statistical-image")
+                taken, used = end_to_end(settings, recipe({}), pictures, f"{next(numbers)}", plans[how])
             else:
-                ((_, _, (taken, used)),) = run_workers(loop, Alone(files, plan, how), plan)
+                ((_, _, (taken, used)),) = run_workers(loop, [Alone(files, plan, how)], plan)
             processor.setdefault(f"{how}, processors' seconds", []).append(used)
             return float(taken)
 

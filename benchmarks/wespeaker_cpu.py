@@ -22,8 +22,7 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from time import perf_counter, process_time
@@ -31,35 +30,15 @@ from typing import Any
 
 import numpy as np
 from common import Times, arguments, in_turns, ratio, server, show, show_ratio, start, temporary_folder
-from extract import SPEECH, replicate
 from numpy.typing import NDArray
+from pipeline import SPEECH, Alone, end_to_end, replicate, run_workers
 
-from embstore import catalog
-from embstore.db.engine import Database
 from embstore.extract import devices
-from embstore.extract.devices import Plan
-from embstore.extract.pipeline import Job, Task, work
-from embstore.extract.run import register_source
 from embstore.extract.tuning import Tuning
-from embstore.media.extensions import AUDIO
-from embstore.models.base import Recipe
 from embstore.models.wespeaker import recipe
-from embstore.register import enqueue
-from embstore.settings import Settings
-from embstore.sources import open_source
-from embstore.supervise import Committed, Leased
-from embstore.workers import Channel, Crew
+from embstore.workers import Channel
 
 ONE_THREAD = Tuning(threads=1, decoders=1)
-
-
-@dataclass(frozen=True)
-class Alone:
-    """What a process without a database is told."""
-
-    files: Sequence[Path]
-    model_dir: Path
-    options: dict[str, str]
 
 
 def main() -> None:
@@ -71,16 +50,16 @@ def main() -> None:
     parser.add_argument("--notes", type=Path, metavar="FILE", help="write the times down, and go on from those in it")
     parser.add_argument("--without-package", action="store_true", help="leave WeSpeaker's own loop out")
     options = parser.parse_args()
-    chosen = dict(pair.split("=", 1) for pair in options.option)
+    given = {"model_dir": str(options.model_dir), **dict(pair.split("=", 1) for pair in options.option)}
     vectors: dict[str, NDArray[np.float32]] = {}
     with temporary_folder() as folder, server() as settings:
         files = replicate(options.data, folder / "audio", options.items)
-        made = recipe({"model_dir": str(options.model_dir), **chosen})
-        job = Alone(files, options.model_dir, chosen)
+        made = recipe(given)
         numbers = itertools.count(1)
 
         def alone(name: str, target: Any) -> tuple[float, float]:
-            taken, used, vectors[name] = run_crew(target, [job], devices.plan(1, "none", ONE_THREAD))[-1][1]
+            plan = devices.plan(1, "none", ONE_THREAD)
+            ((_, _, (taken, used, vectors[name])),) = run_workers(target, [Alone(files, plan, name, given)], plan)
             return taken, used
 
         def pipeline(workers: int) -> tuple[float, float]:
@@ -143,63 +122,13 @@ def lowest_cosine(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
     return float(((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)).min())
 
 
-def run_crew(target: Any, jobs: Sequence[Any], plan: Plan) -> list[tuple[float, Any]]:
-    """Run workers as `embstore extract` does; their messages, with the time at which they came."""
-    messages: list[tuple[float, Any]] = []
-
-    def note(_index: int, message: object) -> bool:
-        messages.append((perf_counter(), message))
-        return True
-
-    Crew(target, jobs, environ=plan.environ, on_message=note, on_death=lambda _index: None).run()
-    return messages
-
-
-def end_to_end(settings: Settings, made: Recipe, folder: Path, name: str, plan: Plan) -> tuple[float, float]:
-    """Seconds from the moment at which all workers have their lease to the last commit; and the processors'.
-
-    What was committed before that moment counts as if it had taken as long as the rest.
-    """
-    database = Database(settings)
-    dataset, registered = register_source(database, open_source(folder, extensions=AUDIO), name=name, media="audio")
-    with database.begin() as connection:
-        model_id = catalog.ensure_model(connection, made)
-        enqueue(connection, dataset.dataset_id, model_id)
-    database.close()
-    tasks = (Task(dataset.dataset_id, dataset.root),)
-    jobs = [Job(settings, made, model_id, tasks, device, plan.decoders, plan.tuning) for device in plan.devices]
-    messages = run_crew(work_by_the_clock, jobs, plan)
-    leases = [(moment, used) for moment, (used, one) in messages if isinstance(one, Leased)]
-    begin = max(moment for moment, _ in leases)
-    commits = [(moment, one.tally.processed) for moment, (_, one) in messages if isinstance(one, Committed)]
-    assert sum(count for _, count in commits) == registered.found
-    timed = sum(count for moment, count in commits if moment > begin)
-    if not timed:  # so few items that nothing was left for the last worker
-        begin, timed = min(moment for moment, _ in leases), registered.found
-    used = sum(used for _, (used, one) in messages if isinstance(one, Ended)) - sum(used for _, used in leases)
-    return (commits[-1][0] - begin) * registered.found / timed, used
-
-
-@dataclass(frozen=True)
-class Ended:
-    """A worker's last message."""
-
-
-def work_by_the_clock(channel: Channel, job: Job) -> None:
-    """Body of a worker process: that of `embstore extract`, with the processors' seconds beside every message."""
-    send = channel.send
-    channel.send = lambda message: send((process_time(), message))  # type: ignore[method-assign]
-    work(channel, job)
-    channel.send(Ended())
-
-
 def own_loop(channel: Channel, job: Alone) -> None:
     """Body of a process that does what WeSpeaker's users do."""
     with contextlib.redirect_stdout(sys.stderr):
         import torch
         import wespeaker
 
-        speaker = wespeaker.load_model(str(job.model_dir))
+        speaker = wespeaker.load_model(job.options["model_dir"])
     torch.set_num_threads(1)
     speaker.extract_embedding(str(job.files[0]))  # the first is slow
     begin, before = perf_counter(), process_time()
@@ -209,7 +138,7 @@ def own_loop(channel: Channel, job: Alone) -> None:
 
 def bare(channel: Channel, job: Alone) -> None:
     """Body of a process that decodes everything first, then embeds in batches as the pipeline takes them."""
-    model = recipe({"model_dir": str(job.model_dir), **job.options}).load("cpu")
+    model = recipe(job.options).load("cpu")
     items = [model.prepare(file, None, None) for file in job.files]
     model.embed(items[:1])  # the first is slow
     begin, before = perf_counter(), process_time()

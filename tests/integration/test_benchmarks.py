@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -41,6 +42,15 @@ def run(name: str, *more: str) -> str:
     )
     assert result.returncode == 0, result.stderr
     return result.stdout
+
+
+def test_make_bench_runs_scripts_that_are_there() -> None:
+    shown = subprocess.run(
+        ["make", "--dry-run", "bench"], cwd=BENCHMARKS.parent, capture_output=True, text=True, check=True
+    )
+    named = re.findall(r"benchmarks/\w+\.py", shown.stdout)
+    assert len(named) > 5
+    assert all((BENCHMARKS.parent / name).is_file() for name in named)
 
 
 @pytest.mark.parametrize("name", sorted(set(SMALL) - {"extract"}))
