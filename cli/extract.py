@@ -127,43 +127,42 @@ def extract(
     plan = devices.plan(settings.embedding_workers, gpus, tuning.parse(tune))
     check_connections(settings, len(plan.devices))
     say = _Speaker(as_json)
-    source_of = None
-    if path is not None:
-        source_of = partial(open_source, path, speaker_from=speaker_from, root=root)
-        source_of(extensions=extensions.ANY)  # what is wrong with it is said before the database is asked
+    source_of = None if path is None else _checked_source(path, speaker_from, root)
     with opened(settings) as database:
         require_ready(database)
         if source_of is not None:
             register = partial(_register, database, source_of, dataset, wanted, say)
             works = register(dry_run=dry_run or interactive)
             if interactive and not dry_run:
-                say.plan(works, plan)
-                if not click.confirm("Start?", default=True):
-                    say.line("nothing was done")
-                    return
+                _confirm(works, plan, say)
                 works = register(dry_run=False, quiet=True)
         elif auto_embed and dataset is None and wanted.name is not None:
             works = works_of.every_dataset(database, wanted)
         else:
             works = works_of.open_works(database, dataset, wanted, named=model is not None)
         if dry_run:
-            say.plan(works, plan)
-            say.line("dry run: nothing was registered" if source_of is not None else "dry run: nothing was done")
-            if as_json:
-                write_json(
-                    [{"model": used.name, "datasets": [d.name for d in them]} for used, them in works], sys.stdout
-                )
+            say.dry_run(works, plan, undone="done" if source_of is None else "registered")
             return
-        parameters = {
-            "path": str(path) if path else None,
-            "devices": list(plan.devices),
-            "options": options,
-            "tune": list(tune),
-        }
+        path_name = None if path is None else str(path)
+        parameters = {"path": path_name, "devices": list(plan.devices), "options": options, "tune": list(tune)}
         outcomes = _extract_all(database, settings, works, plan, parameters, say)
-    if as_json:
-        write_json([_as_json(used, outcome, plan) for (used, _), outcome in outcomes], sys.stdout)
+    say.as_json([_as_json(recipe, outcome, plan) for (recipe, _), outcome in outcomes])
     context.exit(exit_code(outcome for _, outcome in outcomes))
+
+
+def _checked_source(path: Path, speaker_from: str, root: Path | None) -> Callable[..., Source]:
+    """What opens the source; what is wrong with it is said now, before the database is asked."""
+    source_of = partial(open_source, path, speaker_from=speaker_from, root=root)
+    source_of(extensions=extensions.ANY)
+    return source_of
+
+
+def _confirm(works: Sequence[Work], plan: Plan, say: _Speaker) -> None:
+    """Ask whether to start; a no ends the command."""
+    say.plan(works, plan)
+    if not click.confirm("Start?", default=True):
+        say.line("nothing was done")
+        click.get_current_context().exit()
 
 
 def _as_json(recipe: Recipe, outcome: Outcome, plan: Plan) -> dict[str, Any]:
@@ -223,10 +222,16 @@ class _Speaker:
     """Says things to the person: on standard output, or beside it when that is for a program."""
 
     def __init__(self, as_json: bool) -> None:
+        self._as_json = as_json
         self._out = sys.stderr if as_json else sys.stdout
 
     def line(self, words: str) -> None:
         print(words, file=self._out, flush=True)
+
+    def as_json(self, value: Any) -> None:
+        """Say it to the program, if there is one."""
+        if self._as_json:
+            write_json(value, sys.stdout)
 
     def registered(self, dataset: Dataset, found: Registered, source: Source) -> None:
         news = [f"{found.new:,} new", f"{found.changed:,} changed"] if found.changed else [f"{found.new:,} new"]
@@ -250,6 +255,11 @@ class _Speaker:
             self.line(f"would embed what is pending of {names} by {recipe.name} on {_devices(plan)}")
         if not works:
             self.line("nothing is pending")
+
+    def dry_run(self, works: Sequence[Work], plan: Plan, *, undone: str) -> None:
+        self.plan(works, plan)
+        self.line(f"dry run: nothing was {undone}")
+        self.as_json([{"model": recipe.name, "datasets": [d.name for d in datasets]} for recipe, datasets in works])
 
     def start(self, recipe: Recipe, plan: Plan, pending: int) -> Display:
         self.line(f"embedding {plural(pending, 'item')} by {recipe.name} on {_devices(plan)}")

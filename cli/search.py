@@ -104,13 +104,8 @@ def search(
         return
     if results:
         _write_table(results)
-    click.echo(_summary(results, k), err=True)
-    if not results and of == "speakers":
-        click.echo("there are no centroids to compare with: type 'embstore centroids'", err=True)
-    if not results and speaker is not None:
-        click.echo('which speakers there are: embstore sql "select distinct dataset, speaker from items"', err=True)
-    if explain:
-        click.echo("\n".join(_explanation(results)), err=True)
+    remarks = [_summary(results, k), *_advice(results, speaker), *(_explanation(results) if explain else [])]
+    click.echo("\n".join(remarks), err=True)
 
 
 def _write_table(results: Results) -> None:
@@ -133,6 +128,17 @@ def _summary(results: Results, k: int) -> str:
     how = "exact" if results.exact else "approximate"
     milliseconds = f"{1000 * results.seconds:,.0f} ms"
     return f"({found} by {results.model} nearest to {_called(results.asked)}{fewer}; {how}, {milliseconds})"
+
+
+def _advice(results: Results, speaker: str | None) -> list[str]:
+    """What to type where nothing was found."""
+    if results:
+        return []
+    if results.of == "speakers":
+        return ["there are no centroids to compare with: type 'embstore centroids'"]
+    if speaker is not None:
+        return ['which speakers there are: embstore sql "select distinct dataset, speaker from items"']
+    return []
 
 
 def _called(asked: Asked) -> str:
