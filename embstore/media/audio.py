@@ -26,14 +26,12 @@ import soxr
 from numpy.typing import NDArray
 
 from embstore.errors import ItemFailed
-from embstore.media import extensions, files
+from embstore.media import files
 from embstore.media.sinc import SincResampler
 
 Channels = Literal["first", "mean"]
 Resampling = Literal["soxr", "sinc"]
 """soxr is the better one; `sinc` is torchaudio's, for models that know nothing else."""
-
-EXTENSIONS = extensions.AUDIO
 
 _BLOCK_VALUES = 1 << 22
 """Values (frames × channels) decoded at a time, so that memory follows the result and not the file's channels."""

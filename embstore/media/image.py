@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError, _imaging
 
 from embstore.errors import ItemFailed
-from embstore.media import extensions, files
+from embstore.media import files
 
 try:
     import pillow_heif
@@ -28,8 +28,6 @@ except ImportError:
 else:
     pillow_heif.register_heif_opener()
     HEIF = True
-
-EXTENSIONS = extensions.IMAGE
 
 MAX_PIXELS = 178_956_970
 """Pixels of the largest picture that is decoded; it takes half a gigabyte. Pillow's own limit."""

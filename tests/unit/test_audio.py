@@ -16,7 +16,7 @@ import soundfile
 from numpy.typing import NDArray
 
 from embstore.errors import ItemFailed
-from embstore.media import audio
+from embstore.media import audio, extensions
 
 DATA = Path(os.environ.get("EMBSTORE_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
 ODD = DATA / "odd-audio"
@@ -129,7 +129,7 @@ def test_formats_of_libsndfile(tmp_path: Path, name: str, subtype: str, rate: in
     kind = {".sph": "NIST", ".rf64": "RF64"}.get(path.suffix)
     soundfile.write(path, tone(2, rate, channels), rate, subtype=subtype, format=kind)
     check_tone(path, 16000)
-    assert path.suffix in audio.EXTENSIONS
+    assert path.suffix in extensions.AUDIO
 
 
 @pytest.mark.parametrize(("name", "codec", "rate", "channels"), FFMPEG_FORMATS, ids=lambda v: str(v))
@@ -137,7 +137,7 @@ def test_formats_of_ffmpeg(tmp_path: Path, name: str, codec: str, rate: int, cha
     if codec not in av.codecs_available:
         pytest.skip(f"this build of FFmpeg has no {codec}")
     check_tone(encode(tmp_path / name, codec, rate, tone(2, rate, channels)), 16000)
-    assert (tmp_path / name).suffix in audio.EXTENSIONS
+    assert (tmp_path / name).suffix in extensions.AUDIO
 
 
 def test_a_rate_below_and_above_the_file(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from embstore.cli.main import COMMANDS, embstore
 from embstore.db.copy import Column, Decoder, Rows, encode
 from embstore.errors import EmbstoreError
-from embstore.media.audio import EXTENSIONS
+from embstore.media.extensions import AUDIO
 from embstore.settings import NAMES, load
 from embstore.sources import Entry, open_source
 
@@ -41,7 +41,7 @@ COLUMNS = st.lists(st.sampled_from(["path", "speaker", "start", "duration", "Pat
 def entries(path: Path) -> list[Entry]:
     """All that a source gives, or nothing where it refuses; any other error fails the test."""
     try:
-        return list(open_source(path, extensions=EXTENSIONS, speaker_from="parent", root=None).entries())
+        return list(open_source(path, extensions=AUDIO, speaker_from="parent", root=None).entries())
     except EmbstoreError:
         return []
 

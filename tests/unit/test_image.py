@@ -18,7 +18,7 @@ from pictures import picture
 from PIL import Image
 
 from embstore.errors import ItemFailed
-from embstore.media import image
+from embstore.media import extensions, image
 
 WIDE, HIGH = 160, 120
 ORIENTATION = 0x0112
@@ -60,7 +60,7 @@ def test_a_format_that_loses_nothing_gives_the_very_pixels(
 ) -> None:
     original.save(tmp_path / name, **options)
     assert np.array_equal(image.read(tmp_path / name), pixels(original))
-    assert (tmp_path / name).suffix in image.EXTENSIONS
+    assert (tmp_path / name).suffix in extensions.IMAGE
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_a_format_that_loses_something_gives_nearly_the_pixels(
     original.save(tmp_path / name, **options)
     read = image.read(tmp_path / name)
     assert np.abs(read.astype(int) - pixels(original)).mean() < 3
-    assert (tmp_path / name).suffix in image.EXTENSIONS
+    assert (tmp_path / name).suffix in extensions.IMAGE
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
