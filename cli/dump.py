@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import tempfile
 from contextlib import suppress
@@ -154,7 +155,7 @@ def _write_script(script: IO[bytes], programs: Programs, archive: Path) -> None:
         ]
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=script, stderr=said)
         # If it stops half-way, psql reads to the end of what there is, and the server rolls it back.
-        if _finished(process) != 0 and process.returncode != -13:
+        if _finished(process) != 0 and process.returncode != -signal.SIGPIPE:
             raise DatabaseError(f"'{archive}' is damaged, nothing was changed: {_first_error(said)}")
     script.write(_COMMIT.encode())
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from embstore import catalog
+from embstore.boundaries import labels
 from embstore.progress import bar
 from embstore.settings import Settings
 from embstore.transfer import export as transfer
@@ -125,8 +126,8 @@ def boundaries(
       embstore export boundaries out --dataset train --format csv
     """
     with snapshot(settings) as connection:
-        of = None if dataset is None else catalog.get_dataset(connection, dataset)
-        by = None if model is None else catalog.get_model(connection, model)
-        chosen = run if run is not None else transfer.find_run(connection, of, by)
+        of = None if dataset is None else catalog.get_dataset(connection, dataset).dataset_id
+        by = None if model is None else catalog.get_model(connection, model).model_id
+        chosen = run if run is not None else labels.newest(connection, of, by)
         done = transfer.export_boundaries(connection, folder, form, chosen, force=force, begin=_begin)
     click.echo(f"wrote run {chosen}, {plural(done.rows, 'item')}, to {done.place}")

@@ -12,7 +12,7 @@ from typing import Any
 import click
 from sqlalchemy import Connection
 
-from embstore import catalog, indexes, lookup, recall
+from embstore import catalog, indexes, recall
 from embstore.catalog import StoredModel
 from embstore.db.engine import Database
 from embstore.db.migrate import require_ready
@@ -25,7 +25,9 @@ from .options import interruptible, pass_settings, reading
 from .output import write_json, write_rows
 
 CONNECTIONS = 2
+_OPTIONS: dict[Kind, set[str]] = {"hnsw": {"m", "ef_construction"}, "ivfflat": {"lists"}}
 _LOW = 0.95
+"""Recall from which down a word is said about it."""
 _HOSTS_HERE = (None, "", "localhost", "127.0.0.1", "::1")
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
@@ -95,15 +97,13 @@ def build(
       embstore index build
       embstore index build --model wespeaker --precision half --memory 8GB
     """
-    options = {"lists": lists} if kind == "ivfflat" else {"m": m, "ef_construction": ef_construction}
-    unused = {"lists": lists, "m": m, "ef_construction": ef_construction}.keys() - options.keys()
-    for name in unused:
-        if locals()[name] is not None:
-            raise click.UsageError(f"--{name.replace('_', '-')} is not for {kind}")
+    options = {"lists": lists, "m": m, "ef_construction": ef_construction}
     given = {name: value for name, value in options.items() if value is not None}
+    for name in sorted(given.keys() - _OPTIONS[kind]):
+        raise click.UsageError(f"--{name.replace('_', '-')} is not for {kind}")
     with _opened(settings) as database:
         with database.begin() as connection, interruptible():
-            stored = lookup.choose_model(connection, model, settings.embedding_model)
+            stored = catalog.one_model(connection, None, model, prefer=settings.embedding_model)
             local = database.embedded or (host := database.url.host) in _HOSTS_HERE or str(host).startswith("/")
             plan = indexes.plan(
                 connection, stored, kind, precision, local=local, options=given, memory=memory, workers=workers
@@ -133,7 +133,7 @@ def drop(model: str | None, settings: Settings) -> None:
     """
     with _opened(settings) as database:
         with database.begin() as connection:
-            stored = lookup.choose_model(connection, model, settings.embedding_model)
+            stored = catalog.one_model(connection, None, model, prefer=settings.embedding_model)
         dropped = indexes.drop(database, stored)
     for one in dropped:
         click.echo(
@@ -184,7 +184,7 @@ def check(model: str | None, queries: int, k: int, as_json: bool, settings: Sett
     """
     with _opened(settings) as database:
         with database.begin() as connection:
-            stored = lookup.choose_model(connection, model, settings.embedding_model)
+            stored = catalog.one_model(connection, None, model, prefer=settings.embedding_model)
             datasets = [one for _, some in catalog.embedded(connection, None, stored.name) for one in some]
         lines = []
         with interruptible():

@@ -68,10 +68,8 @@ def reading(settings: Settings) -> Iterator[Connection]:
     """A read-only transaction that sees one state of the database, which is ready. Ctrl+C ends its query."""
     with opened(settings) as database:
         require_ready(database)
-        with database.begin() as connection:
-            connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
-            with interruptible():
-                yield connection
+        with database.reading() as connection, interruptible():
+            yield connection
 
 
 @contextmanager
@@ -79,8 +77,7 @@ def snapshot(settings: Settings) -> Iterator[Connection]:
     """As `reading`, for COPY, which a query that Ctrl+C ends on the server may not be."""
     with opened(settings) as database:
         require_ready(database)
-        with database.begin() as connection:
-            connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+        with database.reading() as connection:
             yield connection
 
 

@@ -11,11 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from psycopg2.extensions import connection as DriverConnection  # noqa: N812
-
 from embstore.db import embedded
 from embstore.db.address import password_of, without_password
-from embstore.db.engine import Database, is_pooled
+from embstore.db.engine import Database, driver_of, is_pooled
 from embstore.errors import DatabaseError
 
 SEARCH_PATH = "public, embstore"
@@ -39,8 +37,7 @@ class Programs:
 def programs(database: Database) -> Programs:
     """Find the programs that suit a database, which is connected to for this. Raises DatabaseError."""
     with database.begin() as connection:
-        driver = connection.connection.driver_connection
-        assert isinstance(driver, DriverConnection)
+        driver = driver_of(connection)
         encrypted, major = driver.info.ssl_in_use, driver.server_version // 10000
         pooled = is_pooled(connection)
     # The ones of the wheel know no TLS.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import shlex
 import sys
 import time
@@ -15,7 +14,6 @@ from sqlalchemy import Connection
 
 from embstore import catalog, reports
 from embstore.db.migrate import require_ready
-from embstore.errors import UsageError
 from embstore.queue import Queue
 from embstore.reports import Progress, Refused
 from embstore.settings import Settings
@@ -242,19 +240,10 @@ def _embedded(progress: Iterable[Progress], dataset: str) -> str:
 
 
 def _scope(connection: Connection, dataset: str | None, model: str | None) -> tuple[int | None, int | None]:
-    """The keys of a dataset and a model by name. Raises UsageError with the nearest or all names."""
+    """The keys of a dataset and a model by name. Raises UsageError and ModelError with the nearest name, or all."""
     dataset_id = None if dataset is None else catalog.get_dataset(connection, dataset).dataset_id
-    if model is None:
-        return dataset_id, None
-    known = reports.model_ids(connection)
-    if model not in known:
-        near = difflib.get_close_matches(model, known, n=1)
-        names = ", ".join(f"'{name}'" for name in known)
-        hint = f"did you mean '{near[0]}'? " if near else ""
-        raise UsageError(
-            f"no model '{model}' in the store: {hint}" + (f"stored are {names}" if known else "none is stored yet")
-        )
-    return dataset_id, known[model]
+    model_id = None if model is None else catalog.get_model(connection, model).model_id
+    return dataset_id, model_id
 
 
 def _refused(

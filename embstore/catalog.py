@@ -77,7 +77,7 @@ def get_dataset(connection: Connection, name: str, *, writing: bool = False) -> 
         names = connection.execute(text("SELECT dataset FROM embstore.datasets ORDER BY dataset")).scalars().all()
         raise UsageError(f"no dataset '{name}': {_known(name, names, 'datasets')}")
     if len(found) > 1:
-        raise UsageError(f"several datasets are called '{name}': say {' or '.join(repr(d.name) for d in found)}")
+        raise _ambiguous(name, found)
     if writing and not found[0].can_write:
         raise UsageError(
             f"dataset '{name}' is shared for reading: its team can type 'embstore share {name} --with TEAM --write'"
@@ -94,6 +94,10 @@ def _named(connection: Connection, name: str) -> list[Dataset]:
     return [Dataset(*row) for row in connection.execute(text(sql), {"name": name})]
 
 
+def _ambiguous(name: str, found: Sequence[Dataset]) -> UsageError:
+    return UsageError(f"several datasets are called '{name}': say {' or '.join(repr(d.name) for d in found)}")
+
+
 def datasets(connection: Connection, media: str) -> list[Dataset]:
     """All datasets of one kind of media that one may write to, in the order in which they were made."""
     rows = connection.execute(
@@ -107,7 +111,7 @@ def find_writable(connection: Connection, name: str) -> Dataset | None:
     """The dataset of that name that one may write to, if there is one. Raises UsageError if there are several."""
     found = [dataset for dataset in _named(connection, name) if dataset.can_write]
     if len(found) > 1:
-        raise UsageError(f"several datasets are called '{name}': say {' or '.join(repr(d.name) for d in found)}")
+        raise _ambiguous(name, found)
     return found[0] if found else None
 
 
@@ -264,23 +268,30 @@ def one_pair(connection: Connection, dataset: str | None, model: str | None) -> 
 
 
 def one_model(
-    connection: Connection, dataset: str | None, model: str | None, *, first: str = "'embstore extract PATH'"
+    connection: Connection,
+    dataset: str | None,
+    model: str | None,
+    *,
+    prefer: str | None = None,
+    first: str = "'embstore extract PATH'",
 ) -> StoredModel:
-    """The model of that name, or the only one with vectors of the dataset. `first` is what to type if there are none.
+    """The model of that name, or the only one that was asked to embed anything of the dataset (None: of any).
 
-    Raises UsageError and ModelError.
+    Of several, the one called `prefer` is taken. `first` is what to type if there are none. Raises UsageError and
+    ModelError.
     """
     if model is not None:
         return get_model(connection, model)
     models = [found for found, _ in embedded(connection, dataset, None)]
-    if len(models) != 1:
-        names = ", ".join(f"'{found.name}'" for found in models)
-        raise UsageError(
-            f"there are vectors by several models, {names}: add --model NAME"
-            if models
-            else f"there are no vectors: type {first}"
-        )
-    return models[0]
+    preferred = models if len(models) == 1 else [found for found in models if found.name == prefer]
+    if preferred:
+        return preferred[0]
+    names = ", ".join(f"'{found.name}'" for found in models)
+    raise UsageError(
+        f"there are vectors by several models, {names}: add --model NAME"
+        if models
+        else f"there are no vectors: type {first}"
+    )
 
 
 def get_model(connection: Connection, name: str) -> StoredModel:

@@ -18,7 +18,7 @@ from embstore import averages
 from embstore.averages import Average, centroid_queue
 from embstore.catalog import Dataset, StoredModel
 from embstore.claims import Claim, Claimant
-from embstore.db.engine import Database
+from embstore.db.engine import Database, sqlstate
 from embstore.errors import DatabaseError
 from embstore.progress import Display, Tally
 from embstore.queue import Queue, Refusal
@@ -197,9 +197,7 @@ class _Worker:
 
 def _is_about_data(error: DatabaseError) -> bool:
     """Whether values or their storage are at fault, and not the server, its disk or a missing right."""
-    cause = error.__cause__
-    code = getattr(getattr(cause, "orig", cause), "pgcode", None) or ""
-    return code[:2] in ("22", "XX")
+    return sqlstate(error.__cause__)[:2] in ("22", "XX")
 
 
 def _range(connection: Connection, queue: Queue, dim: int) -> int:

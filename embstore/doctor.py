@@ -179,8 +179,10 @@ def _clock(server: float, before: float, after: float) -> Finding:
 def _connections(connection: Connection, settings: Settings) -> list[Finding]:
     row = connection.execute(text(_CONNECTIONS)).one()
     free = row.allowed - row.reserved - row.used
-    found = f"{row.used} of {row.allowed} in use, {row.reserved} reserved; a command here may take {{}}"
-    found = found.format(settings.db_max_connections)
+    found = (
+        f"{row.used} of {row.allowed} in use, {row.reserved} reserved; a command here may take"
+        f" {settings.db_max_connections}"
+    )
     if free < SPARE_CONNECTIONS:
         return [Finding("connections", "problem", found, "close sessions, or raise max_connections on the server")]
     if settings.db_max_connections > free:
@@ -193,14 +195,9 @@ def _leases(connection: Connection) -> list[Finding]:
     findings = []
     for table, command in _QUEUES.items():
         for row in connection.execute(text(_ABANDONED.format(table=table))):
-            findings.append(
-                Finding(
-                    "leases",
-                    "warning",
-                    f"'{row.dataset}' by {row.model}: workers that are gone have left {row.rows:,} of {table}",
-                    f"type 'embstore {command}': it takes them over",
-                )
-            )
+            left = f"{plural(row.rows, 'row')} of {table}"
+            found = f"'{row.dataset}' by {row.model}: workers that are gone have left {left}"
+            findings.append(Finding("leases", "warning", found, f"type 'embstore {command}': it takes them over"))
     return findings or [Finding("leases", "ok", "no row waits for a worker that is gone")]
 
 
@@ -211,7 +208,7 @@ def _vectors(connection: Connection) -> list[Finding]:
             "problem",
             f"'{row.dataset}' by {row.model}: {plural(row.done, 'extraction')} done,"
             f" {plural(row.vectors, 'vector')} there",
-            "rows were changed by hand: restore a backup, or remove the model and extract again",
+            f"rows were changed by hand: restore a backup, or type 'embstore rm model {row.model}' and extract again",
         )
         for row in connection.execute(text(_UNEVEN))
     ] or [Finding("vectors", "ok", "as many vectors as extractions that are done, for each dataset and model")]
@@ -228,7 +225,8 @@ def _partition(row: Row[Any]) -> Finding:
         found = f"embstore.{row.partition} belongs to no model"
         return Finding("partitions", "warning", found, f"look at it, then: DROP TABLE embstore.{row.partition}")
     found = f"model '{row.model}' has no table embstore.embedding_{row.id}"
-    return Finding("partitions", "problem", found, "it was dropped by hand: restore a backup, or remove the model")
+    advice = f"it was dropped by hand: restore a backup, or type 'embstore rm model {row.model}'"
+    return Finding("partitions", "problem", found, advice)
 
 
 def _indexes(connection: Connection) -> list[Finding]:

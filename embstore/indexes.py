@@ -21,7 +21,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from embstore import faults
 from embstore.catalog import StoredModel
-from embstore.db.engine import IDLE_SECONDS, Database, require_session
+from embstore.db.engine import IDLE_SECONDS, Database, driver_of, require_session
 from embstore.errors import DatabaseError, UsageError
 from embstore.progress import duration
 
@@ -208,10 +208,10 @@ def build(database: Database, plan: Plan, watch: Callable[[Index], None]) -> lis
             _run(connection, plan.statement, lambda: _look(database, plan, pid, watch))
         except BaseException:
             with contextlib.suppress(SQLAlchemyError):  # the connection itself may be what was lost
-                connection.exec_driver_sql(f"DROP INDEX CONCURRENTLY IF EXISTS embstore.{plan.name}")
+                _drop(connection, plan.name)
             raise
         for other in others:
-            connection.exec_driver_sql(f'DROP INDEX CONCURRENTLY IF EXISTS embstore."{other.name}"')
+            _drop(connection, other.name)
     return [other.name for other in others]
 
 
@@ -220,8 +220,12 @@ def drop(database: Database, model: StoredModel) -> list[Index]:
     with _building(database, model) as (connection, _):
         indexes = find(connection, model.model_id)
         for index in indexes:
-            connection.exec_driver_sql(f'DROP INDEX CONCURRENTLY IF EXISTS embstore."{index.name}"')
+            _drop(connection, index.name)
     return indexes
+
+
+def _drop(connection: Connection, name: str) -> None:
+    connection.exec_driver_sql(f'DROP INDEX CONCURRENTLY IF EXISTS embstore."{name}"')
 
 
 def loading(connection: Connection, model_id: int, pending: int) -> Loading | None:
@@ -268,7 +272,7 @@ def _clear(connection: Connection, plan: Plan) -> list[Index]:
     valid = []
     for index in find(connection, plan.model.model_id):
         if not index.valid:
-            connection.exec_driver_sql(f'DROP INDEX CONCURRENTLY IF EXISTS embstore."{index.name}"')
+            _drop(connection, index.name)
         elif index.name == plan.name:
             raise UsageError(
                 f"model '{index.model}' has this index already, {index.name}: to build it anew, "
@@ -283,8 +287,7 @@ def _run(connection: Connection, statement: str, look: Callable[[], None]) -> No
     """Run a statement in a thread of its own and look at it meanwhile. Whatever stops the looking cancels it."""
     errors: list[BaseException] = []
     done = threading.Event()  # Thread.join, when Ctrl+C interrupts it, takes the thread for ended (until Python 3.12)
-    driver = connection.connection.driver_connection
-    assert driver is not None
+    driver = driver_of(connection)
 
     def work() -> None:
         try:

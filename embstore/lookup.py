@@ -102,25 +102,6 @@ class Embedder:
         return self._loaded[1]
 
 
-def choose_model(connection: Connection, name: str | None, prefer: str | None = None) -> StoredModel:
-    """The model of that name, or the only one that was asked to embed anything, or of several the one of `prefer`.
-
-    Raises ModelError for an unknown name, UsageError if there are none or several.
-    """
-    if name is not None:
-        return catalog.get_model(connection, name)
-    models = [model for model, _ in catalog.embedded(connection, None, None)]
-    preferred = models if len(models) == 1 else [model for model in models if model.name == prefer]
-    if preferred:
-        return preferred[0]
-    names = ", ".join(f"'{model.name}'" for model in models)
-    raise UsageError(
-        f"there are vectors by several models, {names}: add --model NAME"
-        if models
-        else "there are no vectors yet: type 'embstore extract PATH' first"
-    )
-
-
 def find(
     connection: Connection,
     word: str,

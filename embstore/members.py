@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from psycopg2 import sql
-from psycopg2.extensions import connection as DriverConnection  # noqa: N812
 from psycopg2.extensions import encrypt_password
 from sqlalchemy import Connection, Row, text
 
 from embstore import sharing
+from embstore.db.engine import driver_of
 from embstore.errors import DatabaseError, UsageError
 
 READER, WRITER = "embstore_reader", "embstore_writer"
@@ -171,7 +171,7 @@ def verifier(connection: Connection, password: str, login: str) -> str:
     """What the server keeps of a password, made on this side of the connection. Raises UsageError."""
     if not password or "\0" in password:
         raise UsageError("the password is empty, or holds a NUL character")
-    made: str = encrypt_password(password, login, _driver(connection), "scram-sha-256")
+    made: str = encrypt_password(password, login, driver_of(connection), "scram-sha-256")
     return made
 
 
@@ -185,7 +185,7 @@ def set_password(connection: Connection, login: str, verifier: str) -> None:
     """Give a login a password, by its verifier. Not even that is to stand in the server's log, where that can be."""
     require_login(connection, login)
     connection.execute(text(_SILENCE))
-    with _driver(connection).cursor() as cursor:
+    with driver_of(connection).cursor() as cursor:
         cursor.execute(sql.SQL("ALTER ROLE {} PASSWORD {}").format(sql.Identifier(login), sql.Literal(verifier)))
 
 
@@ -205,7 +205,7 @@ def _settle(connection: Connection, login: str, limits: Limits) -> None:
     if limits.statement_timeout is not None:
         settings["statement_timeout"] = limits.statement_timeout
     database = connection.execute(text("SELECT current_database()")).scalar_one()
-    with _driver(connection).cursor() as cursor:
+    with driver_of(connection).cursor() as cursor:
         for name, value in settings.items():
             # A list of names goes in as it is, and anything else as one value.
             given = sql.SQL(value) if name == "search_path" else sql.Literal(value)
@@ -240,11 +240,5 @@ def _role(connection: Connection, name: str) -> Row[tuple[int, bool, bool]] | No
 
 def _execute(connection: Connection, statement: str, *names: str) -> None:
     """Run a statement on roles; their names are quoted. In braces stand the places."""
-    with _driver(connection).cursor() as cursor:
+    with driver_of(connection).cursor() as cursor:
         cursor.execute(sql.SQL(statement).format(*map(sql.Identifier, names)))
-
-
-def _driver(connection: Connection) -> DriverConnection:
-    driver = connection.connection.driver_connection
-    assert isinstance(driver, DriverConnection)
-    return driver

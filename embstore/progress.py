@@ -95,6 +95,8 @@ class _Progress:
         self.completed = 0
         self.tally = Tally()
         self._began = 0.0
+        self._before = 0
+        """Items that had ended when the first ones were heard of."""
 
     def update(self, remaining: int, tallies: Iterable[Tally]) -> None:
         self.tally = Tally()

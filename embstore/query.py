@@ -10,11 +10,10 @@ from typing import Any, overload
 
 import numpy as np
 import psycopg2
-from psycopg2.extensions import connection as DriverConnection  # noqa: N812
 from psycopg2.extensions import cursor as Cursor  # noqa: N812
 from sqlalchemy import Connection
 
-from embstore.db.engine import is_pooled
+from embstore.db.engine import driver_of, is_pooled
 from embstore.db.migrate import inspect
 from embstore.errors import UsageError
 
@@ -102,7 +101,7 @@ def run(
     `write` lets it change the database. With `streams` the rows of a query come piece by piece, and an error in a later
     one comes after the rows before it.
     """
-    driver = _driver(connection)
+    driver = driver_of(connection)
     cursor = driver.cursor()
     if not write:
         _forbid_writing(connection, cursor, statement)
@@ -138,7 +137,7 @@ def _forbid_writing(connection: Connection, cursor: Cursor, statement: str) -> N
 
 def allow_writing(connection: Connection) -> None:
     """Undo what `run` has set for the session, before the connection is used for something else."""
-    driver = _driver(connection)
+    driver = driver_of(connection)
     driver.rollback()
     if is_pooled(connection):
         return
@@ -192,11 +191,5 @@ def explained(error: psycopg2.Error, connection: Connection, *, to_write: str) -
 
 def _problem(connection: Connection) -> str | None:
     """Why the views are missing, if that is the database's state."""
-    _driver(connection).rollback()
+    driver_of(connection).rollback()
     return inspect(connection).problem
-
-
-def _driver(connection: Connection) -> DriverConnection:
-    driver = connection.connection.driver_connection
-    assert isinstance(driver, DriverConnection)
-    return driver

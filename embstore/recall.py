@@ -62,8 +62,7 @@ def check(
     if len(datasets) > 1:
         scopes += [(f"dataset '{dataset.name}'", {"dataset": dataset.name}) for dataset in datasets]
     scopes += [(f"{share / 10:g}% of all", {"condition": _FILTER.format(share=share)}) for share in _SHARES]
-    with database.begin() as connection:
-        connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+    with database.reading() as connection:
         sample = _sample(connection, model, queries)
         for scope, values in scopes if sample else ():
             yield _checked(connection, scope, {"model": model.name, "k": k + 1, **_NO_FILTER, **values}, sample)

@@ -15,7 +15,7 @@ from sqlalchemy.exc import DBAPIError
 
 from embstore import catalog, sharing
 from embstore.catalog import Dataset
-from embstore.db.engine import Database
+from embstore.db.engine import Database, sqlstate
 from embstore.errors import UsageError
 from embstore.locks import lock_dataset
 from embstore.queue import at_work
@@ -250,7 +250,7 @@ def _where(connection: Connection, dataset: Dataset, condition: str) -> set[int]
         query = f"SELECT item_id FROM ({_ITEMS}) items WHERE dataset_id = {dataset.dataset_id} AND ({condition}\n)"
         return set(connection.exec_driver_sql(query.replace("%", "%%")).scalars())
     except DBAPIError as error:
-        if (getattr(error.orig, "pgcode", None) or "")[:2] not in _WRONG_CONDITION:
+        if sqlstate(error)[:2] not in _WRONG_CONDITION:
             raise
         words = getattr(getattr(error.orig, "diag", None), "message_primary", None) or str(error.orig)
         raise UsageError(f"--where: {' '.join(words.split())}") from error

@@ -259,9 +259,3 @@ def datasets(connection: Connection) -> list[DatasetSummary]:
 def models(connection: Connection) -> list[ModelSummary]:
     """All models that have a place in the store, by name, with the number of their vectors."""
     return [ModelSummary(*row) for row in connection.execute(text(_MODELS))]
-
-
-def model_ids(connection: Connection) -> dict[str, int]:
-    """The stored models' keys, by name."""
-    rows = connection.execute(text("SELECT name, model_id FROM embstore.model ORDER BY name"))
-    return {name: int(model_id) for name, model_id in rows}

@@ -22,7 +22,7 @@ from sqlalchemy.exc import DBAPIError
 from embstore import catalog, lookup
 from embstore.catalog import StoredModel
 from embstore.db.cancel import cancellable
-from embstore.db.engine import Database, set_local
+from embstore.db.engine import Database, set_local, sqlstate
 from embstore.errors import DatabaseError, UsageError
 from embstore.lookup import Asked, Embedder, Kind
 
@@ -166,8 +166,10 @@ def _asked(
     query_dataset: str | None,
     dataset: str | None,
 ) -> tuple[StoredModel, Asked]:
-    with _reading(database, 0) as connection:
-        stored = lookup.choose_model(connection, *model)
+    """The model of that name, or of several the preferred one; and what is searched for."""
+    name, prefer = model
+    with database.reading() as connection:
+        stored = catalog.one_model(connection, None, name, prefer=prefer)
         if isinstance(query, str | Path):
             kind = kind or ("file" if isinstance(query, Path) and query.suffix != ".npy" else None)
             return stored, lookup.find(connection, str(query), stored, kind, query_dataset, prefer=dataset)
@@ -176,8 +178,7 @@ def _asked(
 
 @contextmanager
 def _reading(database: Database, timeout: float) -> Iterator[Connection]:
-    with database.begin() as connection:
-        connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+    with database.reading() as connection:
         if timeout:
             set_local(connection, "statement_timeout", f"{max(1, round(1000 * timeout))}ms")
         yield connection
@@ -208,7 +209,7 @@ def _nearest(
 
 def _explained(error: DBAPIError, where: str | None, timeout: float) -> Exception:
     """What the server says of a condition, or of the time it took, for the person who typed it; the rest as it is."""
-    code = getattr(error.orig, "pgcode", None) or ""
+    code = sqlstate(error)
     diagnosis = getattr(error.orig, "diag", None)
     words = " ".join((getattr(diagnosis, "message_primary", None) or str(error.orig)).split())
     hint = getattr(diagnosis, "message_hint", None)

@@ -150,8 +150,9 @@ class Crew:
 
         `on_message(index, message)` says whether the message means progress; `on_death(index)` clears up after a
         worker that died before it is replaced; `on_kill(index)` after one that this crew has killed, by default in the
-        same way; `on_tick` is called several times a second; `on_stop` at the first
-        Ctrl+C. All run in the parent's main thread."""
+        same way; `on_tick` is called several times a second; `on_stop` at the first Ctrl+C. All run in the parent's
+        main thread.
+        """
         self._target = target
         self._jobs = list(jobs)
         self._environ = dict(environ or {})

@@ -193,8 +193,7 @@ class _Worker:
 
     def _detect(self, queue: Queue, run: int) -> None:
         values = {**queue.scope, "run": run}
-        with self._database.begin() as connection:
-            connection.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"))
+        with self._database.reading() as connection:
             row = connection.execute(text(_READ), values).one()
             order = hashlib.sha256()
             result = find(row.method, row.parameters, self._windows(connection, queue, row.dim, order), row.embedded)

@@ -176,9 +176,10 @@ def status(home: Path) -> Status:
     return Status(place.data, True, True, kept, in_use, version, pid, open_sessions, size, listens)
 
 
-_FACTS = """
+_SESSIONS = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
+_FACTS = f"""
 SELECT split_part(current_setting('server_version'), ' ', 1),
-       (SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()),
+       ({_SESSIONS}),
        (SELECT sum(pg_database_size(oid))::bigint FROM pg_database),
        current_setting('listen_addresses'), current_setting('port')
 """
@@ -189,9 +190,7 @@ def sessions(home: Home) -> int:
     if _probe(home) is _Answer.SILENT:
         return 0
     with _connected(home) as connection, connection.cursor() as cursor:
-        cursor.execute(
-            "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
-        )
+        cursor.execute(_SESSIONS)
         (count,) = cursor.fetchone() or (0,)
         return int(count)
 
@@ -311,7 +310,7 @@ def _in_use_now(home: Home) -> bool:
 
 
 def _in_use(home: Home, by: str) -> str:
-    return f"PostgreSQL in {home.folder} was not stopped: {by}; end them first, or force the stop"
+    return f"PostgreSQL in {home.folder} was not stopped: {by}; end them first, or add --force to cut them off"
 
 
 def _bring_up(home: Home) -> None:

@@ -169,10 +169,10 @@ class Database:
         if isinstance(error, DatabaseError):
             return error
         cause = error.orig if isinstance(error, DBAPIError) else error
-        code = getattr(cause, "pgcode", None)
+        code = sqlstate(error)
         words = _first_line(cause)
         # On a full disk a new session may fail to write its cache.
-        if code == "53100" or (code is None and "No space left on device" in words):
+        if code == "53100" or (not code and "No space left on device" in words):
             return DatabaseError(
                 f"the disk of the database is full ({words}): free some space there and run the same command again"
             )
@@ -183,7 +183,7 @@ class Database:
         if code == "53300" or _FULL.search(words):
             return DatabaseUnavailable(f"{self} lets nobody else in ({words}): end other commands, or wait for them")
         # InterfaceError: the rollback on a connection that was cut has taken the place of the first error.
-        if code is None and isinstance(cause, psycopg2.OperationalError | psycopg2.InterfaceError):
+        if not code and isinstance(cause, psycopg2.OperationalError | psycopg2.InterfaceError):
             return DatabaseUnavailable(
                 f"no database at {self}: {words}; check DATABASE_URL, or unset it to use the embedded server"
                 if not self.embedded
@@ -192,14 +192,26 @@ class Database:
         return DatabaseError(f"the database refused: {words}")
 
 
+def driver_of(connection: Connection) -> DriverConnection:
+    """psycopg2's own connection, for what SQLAlchemy knows nothing of."""
+    driver = connection.connection.driver_connection
+    assert isinstance(driver, DriverConnection)
+    return driver
+
+
+def sqlstate(error: BaseException | None) -> str:
+    """The server's code for an error, of five characters; empty where there is none, as for a lost connection."""
+    cause = error.orig if isinstance(error, DBAPIError) else error
+    return getattr(cause, "pgcode", None) or ""
+
+
 def is_pooled(connection: Connection) -> bool:
     """Whether a pooler such as PgBouncer stands in between, so that the session may be another's in the next moment.
 
     What gives it away: it makes up the number of the server's process that a client is told of.
     """
-    driver = connection.connection.driver_connection
-    assert isinstance(driver, DriverConnection)
-    return bool(connection.exec_driver_sql("SELECT pg_backend_pid()").scalar_one() != driver.info.backend_pid)
+    told = driver_of(connection).info.backend_pid
+    return bool(connection.exec_driver_sql("SELECT pg_backend_pid()").scalar_one() != told)
 
 
 def require_session(connection: Connection, what: str) -> None:
@@ -224,8 +236,8 @@ def _is_transient(error: Exception) -> bool:
     if isinstance(error, DatabaseUnavailable):
         return True
     cause = error.orig if isinstance(error, DBAPIError) else error
-    code = getattr(cause, "pgcode", None)
-    if code is None:
+    code = sqlstate(error)
+    if not code:
         lost = isinstance(cause, psycopg2.OperationalError | psycopg2.InterfaceError)
         return lost and not _REFUSES.search(str(cause))
     return code in _SERVER_GOES_AWAY or code in _TRY_AGAIN

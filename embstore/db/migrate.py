@@ -40,7 +40,7 @@ class State:
     @property
     def problem(self) -> str | None:
         """Why it cannot be used, with the command to type next; None if it can."""
-        newest = ".".join(map(str, MINIMUM_PGVECTOR))
+        minimum = ".".join(map(str, MINIMUM_PGVECTOR))
         if self.server_major < MINIMUM_SERVER:
             return (
                 f"PostgreSQL {self.server} is too old: embstore needs {MINIMUM_SERVER} or later; upgrade the server, "
@@ -53,7 +53,7 @@ class State:
             )
         if self.pgvector is not None and _version(self.pgvector) < MINIMUM_PGVECTOR:
             return (
-                f"pgvector {self.pgvector} is too old: embstore needs {newest} or later; install it and type "
+                f"pgvector {self.pgvector} is too old: embstore needs {minimum} or later; install it and type "
                 "\"embstore sql --write 'ALTER EXTENSION vector UPDATE'\""
             )
         if self.revision is None or self.pgvector is None:

@@ -11,6 +11,7 @@ from embstore.sources.base import Entry, Kind, Problem, Source, printable, unsto
 from embstore.sources.natural import natural_key
 from embstore.sources.speaker import SpeakerRule
 from embstore.sources.stats import BATCH, Stats
+from embstore.words import plural
 
 
 class _Row(NamedTuple):
@@ -123,5 +124,4 @@ class FolderSource(Source):
 
     def _nothing(self) -> str:
         kinds = " ".join(sorted(self.extensions))
-        files = "1 file" if self.looked_at == 1 else f"{self.looked_at} files"
-        return f"nothing to embed under '{self.root}': {files} looked at, none of them {kinds}"
+        return f"nothing to embed under '{self.root}': {plural(self.looked_at, 'file')} looked at, none of them {kinds}"

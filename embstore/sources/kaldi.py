@@ -22,6 +22,7 @@ from embstore.errors import UsageError
 from embstore.sources.base import Kind, Problem, printable, unstorable
 from embstore.sources.listed import Item, LineError, ListedSource, Under, absolute, read_lines, seconds
 from embstore.sources.speaker import SpeakerRule
+from embstore.words import plural
 
 _in_archive = re.compile(r"\.ark:[0-9]+$").search
 
@@ -88,7 +89,7 @@ class KaldiSource(ListedSource):
         return "segments" if self._segments.exists() else "wav.scp"
 
     def _nothing(self) -> str:
-        return f"nothing to embed in the Kaldi folder '{self.folder}': {self.looked_at} utterances looked at"
+        return f"nothing to embed in the Kaldi folder '{self.folder}': {plural(self.looked_at, 'utterance')} looked at"
 
 
 @dataclass

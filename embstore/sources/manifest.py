@@ -24,6 +24,7 @@ from embstore.errors import UsageError
 from embstore.sources.base import Kind, unstorable
 from embstore.sources.listed import Item, LineError, ListedSource, Under, length, read_lines, seconds
 from embstore.sources.speaker import SpeakerRule
+from embstore.words import plural
 
 ENDINGS = (".csv", ".tsv", ".jsonl", ".ndjson")
 
@@ -164,7 +165,7 @@ class ManifestSource(ListedSource):
         return self.manifest.name
 
     def _nothing(self) -> str:
-        return f"nothing to embed in '{self.manifest}': {self.looked_at} lines looked at"
+        return f"nothing to embed in '{self.manifest}': {plural(self.looked_at, 'line')} looked at"
 
 
 def find_columns(names: Sequence[str]) -> list[int]:

@@ -103,14 +103,9 @@ _RUN = """
 SELECT d.dataset_id, d.dataset, d.media, d.root, m.model_id, m.name, m.dim, r.status, r.method, r.parameters, r.found,
     r.items, r.embedded,
     (SELECT count(*) FROM embstore.boundary_score s
-     WHERE s.dataset_id = r.dataset_id AND s.boundary_run_id = r.boundary_run_id)
+     WHERE s.dataset_id = r.dataset_id AND s.boundary_run_id = r.boundary_run_id) AS scores
 FROM embstore.boundary_run r JOIN embstore.datasets d USING (dataset_id) JOIN embstore.model m USING (model_id)
 WHERE r.boundary_run_id = :run
-"""
-_RUNS = """
-SELECT r.boundary_run_id FROM embstore.boundary_run r
-WHERE r.status = 'done' AND (CAST(:dataset_id AS integer) IS NULL OR r.dataset_id = :dataset_id)
-    AND (CAST(:model_id AS smallint) IS NULL OR r.model_id = :model_id) ORDER BY 1
 """
 _SCORES = """
 SELECT {columns}
@@ -276,37 +271,24 @@ def export_boundaries(
 ) -> Exported:
     """Write a finished boundary run, a row for each position that had a vector; raises as `export_embeddings` does."""
     row = connection.execute(text(_RUN), {"run": run}).one_or_none()
-    if row is None or row[7] != "done":
+    if row is None or row.status != "done":
         raise UsageError(
             f"no finished boundary run {run}: 'embstore sql \"select run, dataset, method, status from"
             " boundary_runs\"' lists all"
         )
     dataset, model = Dataset(*row[:4]), StoredModel(*row[4:7])
-    known = {"method": row[8], "parameters": row[9], "found": row[10], "items": row[11], "embedded": row[12]}
-    rows = row[13]
+    known = {name: getattr(row, name) for name in ("method", "parameters", "found", "items", "embedded")}
     facts = replace(
         _facts(connection, model),
         kind="boundaries",
         dataset=dataset.name,
         root=dataset.root,
         media=dataset.media,
-        rows=rows,
+        rows=row.scores,
         run=known,
     )
     batches = _boundaries(connection, dataset.dataset_id, run)
-    return _write(folder, form, Table(facts, rows, iter(())), batches, force, begin)
-
-
-def find_run(connection: Connection, dataset: Dataset | None, model: StoredModel | None) -> int:
-    """The newest finished boundary run, of a dataset and a model if these are given. Raises UsageError for none."""
-    values = {
-        "dataset_id": None if dataset is None else dataset.dataset_id,
-        "model_id": None if model is None else model.model_id,
-    }
-    runs = connection.execute(text(_RUNS), values).scalars().all()
-    if not runs:
-        raise UsageError("there is no finished boundary run: type 'embstore boundaries' first")
-    return int(runs[-1])
+    return _write(folder, form, Table(facts, row.scores, iter(())), batches, force, begin)
 
 
 def _boundaries(connection: Connection, dataset_id: int, run: int, size: int = 20_000) -> Generator[Batch]:

@@ -2,8 +2,7 @@
 
 An array of vectors goes straight into the archive; other columns wait in temporary files beside it, as an archive takes
 one array after the other. Texts are arrays of fixed width, as numpy has them, in which null is an empty text; in
-numbers it is NaN. The facts are a text, `embstore`, and the
-model's name is one, `model`.
+numbers it is NaN. The facts are a text, `embstore`, and the model's name is one, `model`.
 """
 
 from __future__ import annotations

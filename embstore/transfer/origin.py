@@ -19,7 +19,9 @@ from embstore.sources.listed import Under
 from embstore.transfer.reading import LARGEST_DIM, Reader
 from embstore.transfer.table import Facts
 
-_BY_FINGERPRINT = "SELECT name FROM embstore.model WHERE fingerprint = :print ORDER BY name <> :name, model_id LIMIT 1"
+_BY_FINGERPRINT = """
+SELECT name FROM embstore.model WHERE fingerprint = :fingerprint ORDER BY name <> :name, model_id LIMIT 1
+"""
 _BY_NAME = "SELECT name, media, dim, fingerprint, settings FROM embstore.model WHERE name = :name"
 
 
@@ -40,12 +42,13 @@ class Carried:
     name: str
     media: Media
     dim: int
-    print_: str
+    weights: str
+    """Their fingerprint; where nobody knows them, what stands for them is the name that a person gave."""
     settings: Mapping[str, Any]
 
     def fingerprint(self) -> str:
-        """Of the weights; where nobody knows them, what stands for them is the name that a person gave."""
-        return self.print_
+        """As it was carried."""
+        return self.weights
 
     def load(self, device: str) -> Model:
         """Raise ModelError."""
@@ -113,11 +116,11 @@ def _model(connection: Connection, facts: Facts | None, name: str | None, dim: i
     """
     if dim > LARGEST_DIM:
         raise UsageError(f"vectors of {dim:,} values cannot be stored: up to {LARGEST_DIM:,} can")
-    print_ = facts.fingerprint if facts else None
-    if facts is None or print_ is None:
+    fingerprint = facts.fingerprint if facts else None
+    if facts is None or fingerprint is None:
         model = _named(connection, name, dim, media)
     else:
-        model = _of_fingerprint(connection, facts, print_, name, dim, media)
+        model = _of_fingerprint(connection, facts, fingerprint, name, dim, media)
     if model.dim != dim:
         raise UsageError(f"the vectors have {dim} values, those of model '{model.name}' have {model.dim}")
     registry.check_media(model, media)
@@ -125,32 +128,33 @@ def _model(connection: Connection, facts: Facts | None, name: str | None, dim: i
 
 
 def _of_fingerprint(
-    connection: Connection, facts: Facts, print_: str, name: str | None, dim: int, media: str | None
+    connection: Connection, facts: Facts, fingerprint: str, name: str | None, dim: int, media: str | None
 ) -> Recipe:
     called = facts.model or "?"
-    known = connection.execute(text(_BY_FINGERPRINT), {"print": print_, "name": name or called}).scalar()
+    known = connection.execute(text(_BY_FINGERPRINT), {"fingerprint": fingerprint, "name": name or called}).scalar()
     if known is not None:
         if name not in (None, known):
-            catalog.stored_model(connection, str(name), print_)
+            catalog.stored_model(connection, str(name), fingerprint)
             raise UsageError(f"the vectors are by model '{known}', as this database calls it: leave --model out")
         return _stored(connection, known)
     kept = name or called
-    catalog.stored_model(connection, kept, print_)
+    catalog.stored_model(connection, kept, fingerprint)
     installed = _installed(connection, kept)
-    if installed is not None and installed.fingerprint() == print_:
+    if installed is not None and installed.fingerprint() == fingerprint:
         return installed
     if installed is not None and name is not None:
         raise ModelError(
             f"the vectors were made by other weights or settings than those of model '{name}' here (fingerprint"
-            f" {print_[:12]}, here {installed.fingerprint()[:12]}): give --model another name"
+            f" {fingerprint[:12]}, here {installed.fingerprint()[:12]}): give --model another name"
         )
     if name is None:
         raise UsageError(
-            f"the vectors are by a model that is not known here, '{called}', fingerprint {print_[:12]}: add --model"
-            " NAME to keep them under a name, under which nothing can be embedded until 'embstore models add' knows it"
+            f"the vectors are by a model that is not known here, '{called}', fingerprint {fingerprint[:12]}: add"
+            " --model NAME to keep them under a name, under which nothing can be embedded until 'embstore models add'"
+            " knows it"
         )
     recipes.check_name(name)
-    return Carried(name, _media(media), dim, print_, facts.settings)
+    return Carried(name, _media(media), dim, fingerprint, facts.settings)
 
 
 def _named(connection: Connection, name: str | None, dim: int, media: str | None) -> Recipe:

@@ -100,7 +100,9 @@ def test_a_wrong_name_names_the_right_one(store: Database, cli: Cli, command: st
     assert "no dataset 'cals': did you mean 'calls'?" in result.stderr
     result = cli(command, "--model", "smal")
     assert result.exit_code == 2
-    assert result.stderr == "error: no model 'smal' in the store: did you mean 'small'? stored are 'small'\n"
+    assert (
+        result.stderr == "error: no model 'smal' in the database: did you mean 'small'? 'embstore models' lists all\n"
+    )
 
 
 def test_failures_lists_items_with_their_reason(store: Database, cli: Cli) -> None:

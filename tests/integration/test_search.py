@@ -374,7 +374,7 @@ def test_what_is_wrong_is_said(store: Store) -> None:
 
 
 def test_without_vectors_and_with_several_models(database: Database) -> None:
-    with pytest.raises(UsageError, match="there are no vectors yet: type 'embstore extract PATH' first"):
+    with pytest.raises(UsageError, match="there are no vectors: type 'embstore extract PATH'"):
         search(database, [1.0, 0, 0])
     with database.begin() as connection:
         fill(connection, 2)

@@ -14,6 +14,7 @@ from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 
 from embstore import catalog, lookup, recall, vectors
+from embstore.boundaries import labels
 from embstore.db.engine import Database
 from embstore.errors import DatabaseError, UsageError
 from embstore.queue import take_lease
@@ -213,7 +214,7 @@ def test_an_export_is_of_the_dataset_that_is_meant(store: Store, tmp_path: Path)
             export.export_centroids(connection, tmp_path / letter, "npz", model, dataset)
             with np.load(tmp_path / letter / "centroids.npz") as found:
                 assert found["speaker"].tolist() == [f"{letter}0", f"{letter}1"]
-            run = export.find_run(connection, dataset, model)
+            run = labels.newest(connection, dataset.dataset_id, model.model_id)
             assert ask(store.cas, "SELECT dataset FROM embstore.boundary_runs WHERE run = :r", r=run) == [
                 (dataset.name,)
             ]
