@@ -25,7 +25,7 @@ from embstore.words import plural
 
 from .boundary_runs import Detection
 from .options import database_options, finite, opened, pass_settings, reading
-from .outcome import log_option
+from .outcome import Speaker, log_option
 from .output import write_json, write_rows
 
 
@@ -115,7 +115,7 @@ def boundaries(
     settings = load(database_url=database_url, home=home, embedding_workers=workers)
     _warn_of_what_has_no_influence(context, method)
     options = Options(method, segment_size, boundary_window, gmm_components, num_speakers, penalty, explain)
-    detection = Detection(settings, options, output_dir, copy=not link, as_json=as_json)
+    detection = Detection(settings, options, output_dir, copy=not link, say=Speaker(as_json))
     context.exit(detection.run(dataset, model))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,7 @@ from embstore.words import plural
 
 from .main import INTERRUPTED
 from .options import opened
-from .outcome import SOME_FAILED, tell, watch
-from .output import write_json
+from .outcome import SOME_FAILED, Speaker, watch
 
 
 @dataclass
@@ -31,7 +29,7 @@ class Detection:
     options: Options
     output_dir: Path | None
     copy: bool
-    as_json: bool
+    say: Speaker
     _reports: list[dict[str, Any]] = field(default_factory=list)
     _failed: bool = False
 
@@ -42,18 +40,14 @@ class Detection:
             with database.begin() as connection:
                 pairs = catalog.embedded(connection, dataset, model, writing=True)
             if not pairs:
-                self._line("there are no vectors to look at: type 'embstore extract PATH' first")
+                self.say.line("there are no vectors to look at: type 'embstore extract PATH' first")
             several = sum(len(datasets) for _, datasets in pairs) > 1
             places = self._claim_folders(pairs, several)
             interrupted = any(not self._detect(database, found, datasets, places) for found, datasets in pairs)
-        if self.as_json:
-            write_json(self._reports, sys.stdout)
+        self.say.json(self._reports)
         if interrupted:
             return INTERRUPTED
         return SOME_FAILED if self._failed else 0
-
-    def _line(self, words: str) -> None:
-        print(words, file=sys.stderr if self.as_json else sys.stdout, flush=True)
 
     def _claim_folders(
         self, pairs: list[tuple[StoredModel, list[Dataset]]], several: bool
@@ -77,11 +71,11 @@ class Detection:
 
         def show(pending: int) -> Display:
             crew = f"{plural(pending, 'run')}, {plural(number, 'worker')}"
-            self._line(f"detecting boundaries by {model.name} and method {self.options.method}: {crew}")
+            self.say.line(f"detecting boundaries by {model.name} and method {self.options.method}: {crew}")
             return watch(pending)
 
         outcome, runs = job.detect(database, self.settings, datasets, model, self.options, number, show=show)
-        tell(self._line, outcome, model=model.name, command="boundaries", unit="run", done="finished")
+        self.say.ended(outcome, model=model.name, command="boundaries", unit="run", done="finished")
         if outcome.interrupted:
             return False
         for name, run in runs.items():
@@ -94,25 +88,25 @@ class Detection:
             summary = labels.summary(connection, run) if status == "done" else None
         if summary is None:
             self._failed = True
-            self._line(f"run {run} of '{dataset}' {status}: {error}")
+            self.say.line(f"run {run} of '{dataset}' {status}: {error}")
             self._reports.append({"model": model, "dataset": dataset, "run": run, "status": status, "error": error})
             return
-        self._say(summary)
+        self._describe(summary)
         if place is not None:
             missing = _write(database, summary, model, place, copy=self.copy)
-            self._line(f"  written to {place}" + (f"; {plural(missing, 'file')} not there" if missing else ""))
+            self.say.line(f"  written to {place}" + (f"; {plural(missing, 'file')} not there" if missing else ""))
         self._reports.append({"model": model, "status": status, **summary})
 
-    def _say(self, summary: dict[str, Any]) -> None:
-        self._line(
+    def _describe(self, summary: dict[str, Any]) -> None:
+        self.say.line(
             f"run {summary['run']}: {plural(summary['boundaries'], 'boundary')},"
             f" {plural(summary['segments'], 'segment')} in '{summary['dataset']}'"
             f" ({summary['embedded']:,} of {plural(summary['items'], 'item')} with a vector)"
         )
         for note in summary["notes"]:
-            self._line(f"  {note}")
+            self.say.line(f"  {note}")
         for decision in summary["trace"] if self.options.debug else []:
-            self._line(f"    {decision}")
+            self.say.line(f"    {decision}")
 
 
 def _name(dataset: str, model: str) -> str:

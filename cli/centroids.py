@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
-from collections.abc import Callable
 from typing import get_args
 
 import click
@@ -19,8 +17,7 @@ from embstore.supervise import Outcome
 from embstore.words import plural
 
 from .options import database_options, opened
-from .outcome import exit_code, log_option, tell, watch
-from .output import write_json
+from .outcome import Speaker, exit_code, log_option, watch
 
 
 @click.command("centroids")
@@ -83,35 +80,30 @@ def command(
     settings = load(database_url=database_url, home=home, embedding_workers=workers)
     number = centroids.count_workers(settings, asked=workers)
     options = Options(average, min_utterances, chunk_size, recompute=not skip_existing)
-    out = sys.stderr if as_json else sys.stdout
-
-    def line(words: str) -> None:
-        print(words, file=out, flush=True)
-
+    say = Speaker(as_json)
     outcomes: list[tuple[str, Outcome]] = []
     with opened(settings) as database:
         require_ready(database)
         with database.begin() as connection:
             pairs = catalog.embedded(connection, dataset, model, writing=True)
         if not pairs:
-            line(_nothing(dataset, model))
+            say.line(_nothing(dataset, model))
         for found, datasets in pairs:
 
             def show(pending: int, workers: int, name: str = found.name) -> Display:
-                line(f"averaging {plural(pending, 'speaker')} by {name} with {plural(workers, 'worker')}")
+                say.line(f"averaging {plural(pending, 'speaker')} by {name} with {plural(workers, 'worker')}")
                 return watch(pending)
 
             parameters = {"average": average, "min_utterances": min_utterances, "recompute": options.recompute}
             outcome = centroids.compute(
                 database, settings, found, datasets, options, number, show=show, parameters=parameters
             )
-            tell(line, outcome, model=found.name, command="centroids", unit="speaker", done="averaged")
-            _remark(line, outcome)
+            say.ended(outcome, model=found.name, command="centroids", unit="speaker", done="averaged")
+            _remark(say, outcome)
             outcomes.append((found.name, outcome))
             if outcome.interrupted:
                 break
-    if as_json:
-        write_json([{"model": name, **outcome.as_dict()} for name, outcome in outcomes], sys.stdout)
+    say.json([{"model": name, **outcome.as_dict()} for name, outcome in outcomes])
     context.exit(exit_code(outcome for _, outcome in outcomes))
 
 
@@ -125,10 +117,12 @@ def _nothing(dataset: str | None, model: str | None) -> str:
     return f"there are no vectors{what}{by} to average: type '{' '.join(words)}' first"
 
 
-def _remark(line: Callable[[str], None], outcome: Outcome) -> None:
+def _remark(say: Speaker, outcome: Outcome) -> None:
     for name, counts in outcome.statuses.items():
         if not counts:
-            line(f"'{name}' has no vector of a known speaker: register it with --speaker-from, or a manifest's column")
+            say.line(
+                f"'{name}' has no vector of a known speaker: register it with --speaker-from, or a manifest's column"
+            )
     if outcome.failed:
-        line("type 'embstore centroids --recompute' to try failed speakers again; why they failed:")
-        line("  embstore sql \"select speaker, error from speaker_centroids where status = 'failed'\"")
+        say.line("type 'embstore centroids --recompute' to try failed speakers again; why they failed:")
+        say.line("  embstore sql \"select speaker, error from speaker_centroids where status = 'failed'\"")

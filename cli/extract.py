@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -31,8 +30,7 @@ from embstore.words import plural
 from . import ask
 from .model_options import model_options
 from .options import database_options, opened
-from .outcome import exit_code, log_option, tell, watch
-from .output import write_json
+from .outcome import Speaker, exit_code, log_option, watch
 
 _PROBLEMS_SHOWN = 10
 
@@ -146,7 +144,7 @@ def extract(
         path_name = None if path is None else str(path)
         parameters = {"path": path_name, "devices": list(plan.devices), "options": options, "tune": list(tune)}
         outcomes = _extract_all(database, settings, works, plan, parameters, say)
-    say.as_json([_as_json(recipe, outcome, plan) for (recipe, _), outcome in outcomes])
+    say.json([_as_json(recipe, outcome, plan) for (recipe, _), outcome in outcomes])
     context.exit(exit_code(outcome for _, outcome in outcomes))
 
 
@@ -218,21 +216,7 @@ def _start(database: Database, recipe: Recipe, plan: Plan, say: _Speaker, pendin
     return say.start(recipe, plan, pending)
 
 
-class _Speaker:
-    """Says things to the person: on standard output, or beside it when that is for a program."""
-
-    def __init__(self, as_json: bool) -> None:
-        self._as_json = as_json
-        self._out = sys.stderr if as_json else sys.stdout
-
-    def line(self, words: str) -> None:
-        print(words, file=self._out, flush=True)
-
-    def as_json(self, value: Any) -> None:
-        """Say it to the program, if there is one."""
-        if self._as_json:
-            write_json(value, sys.stdout)
-
+class _Speaker(Speaker):
     def registered(self, dataset: Dataset, found: Registered, source: Source) -> None:
         news = [f"{found.new:,} new", f"{found.changed:,} changed"] if found.changed else [f"{found.new:,} new"]
         self.line(f"dataset '{dataset.name}': {plural(found.found, 'item')} in {dataset.root} ({', '.join(news)})")
@@ -259,14 +243,14 @@ class _Speaker:
     def dry_run(self, works: Sequence[Work], plan: Plan, *, undone: str) -> None:
         self.plan(works, plan)
         self.line(f"dry run: nothing was {undone}")
-        self.as_json([{"model": recipe.name, "datasets": [d.name for d in datasets]} for recipe, datasets in works])
+        self.json([{"model": recipe.name, "datasets": [d.name for d in datasets]} for recipe, datasets in works])
 
     def start(self, recipe: Recipe, plan: Plan, pending: int) -> Display:
         self.line(f"embedding {plural(pending, 'item')} by {recipe.name} on {_devices(plan)}")
         return watch(pending)
 
     def outcome(self, recipe: Recipe, outcome: Outcome, plan: Plan) -> None:
-        tell(self.line, outcome, model=recipe.name, command="extract", unit=UNITS[recipe.media], done="embedded")
+        self.ended(outcome, model=recipe.name, command="extract", unit=UNITS[recipe.media], done="embedded")
         if found := speed(outcome, plan, recipe):
             for line in found.lines():
                 self.line(line)

@@ -7,7 +7,6 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -32,8 +31,7 @@ from embstore.words import plural
 
 from .main import INTERRUPTED
 from .options import opened, pass_settings
-from .outcome import SOME_FAILED
-from .output import write_json
+from .outcome import SOME_FAILED, Speaker
 
 
 class _Kinds(click.Group):
@@ -102,7 +100,7 @@ def embeddings(
       embstore import embeddings out
       embstore import embeddings xvectors.scp --dataset train --model xvector --root /data/train
     """
-    say = _Speaker(sys.stderr if as_json else sys.stdout)
+    say = _Speaker(as_json)
     reader = open_table(path, form)
     parameters = {"path": str(path.absolute()), "replace": replace, "skip_bad": skip_bad}
     with opened(settings) as database, _sigterm_as_ctrl_c():
@@ -116,8 +114,7 @@ def embeddings(
             started=partial(say.start, database, dry_run),
             parameters=parameters,
         )
-        if as_json:
-            write_json(_as_json(outcome), sys.stdout)
+        say.json(_as_json(outcome))
         say.outcome(outcome, dry_run)
     context.exit(INTERRUPTED if outcome.interrupted else SOME_FAILED if outcome.refused else 0)
 
@@ -148,15 +145,7 @@ def _sigterm_as_ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-@dataclass
-class _Speaker:
-    """Says things to the person: on standard output, or beside it when that is for a program."""
-
-    out: Any
-
-    def line(self, words: str) -> None:
-        print(words, file=self.out, flush=True)
-
+class _Speaker(Speaker):
     def start(self, database: Database, dry_run: bool, origin: Origin, counts: Counts, is_new: bool) -> None:
         new = counts.imported + counts.replaced
         if not new:

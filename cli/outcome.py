@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from typing import Any
 
 import click
 
@@ -12,6 +13,7 @@ from embstore.supervise import Outcome
 from embstore.words import many, plural
 
 from .main import INTERRUPTED
+from .output import write_json
 
 SOME_FAILED = 1
 
@@ -34,17 +36,32 @@ def watch(pending: int) -> Display:
     return display(pending, sys.stderr, log=click.get_current_context().find_root().obj.log_json)
 
 
-def tell(line: Callable[[str], None], outcome: Outcome, *, model: str, command: str, unit: str, done: str) -> None:
-    """Say what a run did, that the counts add up, and what to type next. `unit` and `done` are as in `summary`."""
-    if outcome.tally.processed:
-        line(summary(outcome.tally, outcome.seconds, unit=unit, done=done))
-    elif not outcome.interrupted:
-        line(f"nothing to do: all {many(unit)} are {done}, or have failed or been skipped before")
-    for dataset, counts in outcome.statuses.items():
-        parts = " + ".join(f"{counts.get(s, 0):,} {s}" for s in ("done", "failed", "skipped", "running", "pending"))
-        line(f"'{dataset}' by {model}: {parts} = {plural(sum(counts.values()), unit)}")
-    if outcome.interrupted:
-        line(f"interrupted; nothing that was finished is lost: type 'embstore {command}' to go on")
+class Speaker:
+    """Says things to the person: on standard output, or beside it when that is for a program."""
+
+    def __init__(self, as_json: bool) -> None:
+        self._as_json = as_json
+
+    def line(self, words: str) -> None:
+        """Say something to the person."""
+        print(words, file=sys.stderr if self._as_json else sys.stdout, flush=True)
+
+    def json(self, value: Any) -> None:
+        """Say it to the program, if there is one."""
+        if self._as_json:
+            write_json(value, sys.stdout)
+
+    def ended(self, outcome: Outcome, *, model: str, command: str, unit: str, done: str) -> None:
+        """Say what a run did, that the counts add up, and what to type next. `unit` and `done` are as in `summary`."""
+        if outcome.tally.processed:
+            self.line(summary(outcome.tally, outcome.seconds, unit=unit, done=done))
+        elif not outcome.interrupted:
+            self.line(f"nothing to do: all {many(unit)} are {done}, or have failed or been skipped before")
+        for dataset, counts in outcome.statuses.items():
+            parts = " + ".join(f"{counts.get(s, 0):,} {s}" for s in ("done", "failed", "skipped", "running", "pending"))
+            self.line(f"'{dataset}' by {model}: {parts} = {plural(sum(counts.values()), unit)}")
+        if outcome.interrupted:
+            self.line(f"interrupted; nothing that was finished is lost: type 'embstore {command}' to go on")
 
 
 def exit_code(outcomes: Iterable[Outcome]) -> int:
