@@ -84,3 +84,9 @@ class ItemSkipped(ItemError):
     """There is nothing in the item to embed: `too_short`, `no_speech`, `silent`, …"""
 
     status = "skipped"
+
+
+def first_line(error: BaseException | None) -> str:
+    """The first line of what an error says; the name of its type where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__

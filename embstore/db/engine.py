@@ -18,7 +18,7 @@ from sqlalchemy.exc import DBAPIError
 
 from embstore.db import embedded
 from embstore.db.address import masked
-from embstore.errors import DatabaseError, DatabaseUnavailable, UsageError
+from embstore.errors import DatabaseError, DatabaseUnavailable, UsageError, first_line
 from embstore.settings import Settings
 
 T = TypeVar("T")
@@ -170,7 +170,7 @@ class Database:
             return error
         cause = error.orig if isinstance(error, DBAPIError) else error
         code = sqlstate(error)
-        words = _first_line(cause)
+        words = first_line(cause)
         # On a full disk a new session may fail to write its cache.
         if code == "53100" or (not code and "No space left on device" in words):
             return DatabaseError(
@@ -241,11 +241,6 @@ def _is_transient(error: Exception) -> bool:
         lost = isinstance(cause, psycopg2.OperationalError | psycopg2.InterfaceError)
         return lost and not _REFUSES.search(str(cause))
     return code in _SERVER_GOES_AWAY or code in _TRY_AGAIN
-
-
-def _first_line(error: BaseException | None) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].strip() if lines else type(error).__name__
 
 
 def set_local(connection: Connection, name: str, value: str) -> None:

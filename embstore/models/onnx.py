@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from embstore.errors import ModelError
+from embstore.errors import ModelError, first_line
 
 
 def session(file: Path, device: str, *, threads: int, install: str, optimize: bool = True) -> Any:
@@ -38,7 +38,7 @@ def session(file: Path, device: str, *, threads: int, install: str, optimize: bo
         return onnxruntime.InferenceSession(str(file), options, providers=[provider])
     # ONNX Runtime's own exceptions have no common base but this one.
     except Exception as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = first_line(error)
         raise ModelError(f"{file} can't be loaded as an ONNX model on {device}: {reason}") from error
 
 

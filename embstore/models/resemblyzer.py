@@ -12,9 +12,7 @@ length below which it is noise (50%). Where nothing is left the package embeds z
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import json
 import math
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,10 +24,11 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from embstore.errors import ItemSkipped, ModelError, UsageError
+from embstore.errors import ItemSkipped, ModelError, first_line
 from embstore.media import audio
 from embstore.models import mel, vad
 from embstore.models.base import Media, Model, Prepared, Recipe
+from embstore.models.common import fingerprint, require_known
 
 if TYPE_CHECKING:
     import torch
@@ -56,9 +55,7 @@ def recipe(options: Mapping[str, str]) -> Recipe:
 
     Raises UsageError for other options.
     """
-    for option in options:
-        if option != "weights":
-            raise UsageError(f"model resemblyzer has no option {option!r}; it knows: weights=PATH")
+    require_known("resemblyzer", options, ("weights",))
     return ResemblyzerRecipe(Path(options["weights"]).resolve() if "weights" in options else None)
 
 
@@ -93,13 +90,7 @@ class ResemblyzerRecipe:
 
     def fingerprint(self) -> str:
         """SHA-256 of the settings and the file of weights. Raises ModelError if there is none."""
-        digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode())
-        try:
-            with self.weights_file().open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        except OSError as error:
-            raise ModelError(f"model resemblyzer: {self.weights_file()}: {error.strerror}") from error
-        return digest.hexdigest()
+        return fingerprint(self.name, self.settings, (self.weights_file(),))
 
     def weights_file(self) -> Path:
         """Where the weights are. Raises ModelError if no package carries them."""
@@ -127,11 +118,7 @@ def _read_weights(file: Path) -> dict[str, torch.Tensor]:
     except FileNotFoundError as error:
         raise ModelError(f"model resemblyzer: there is no file of weights {file}") from error
     except (OSError, RuntimeError, EOFError, LookupError, TypeError, AttributeError, pickle.UnpicklingError) as error:
-        raise ModelError(f"model resemblyzer: {file} is no checkpoint of it: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+        raise ModelError(f"model resemblyzer: {file} is no checkpoint of it: {first_line(error)}") from error
 
 
 class Resemblyzer:
@@ -153,7 +140,7 @@ class Resemblyzer:
             self._device = torch.device(device)
             self._encoder = encoder.eval().to(self._device)
         except (RuntimeError, AssertionError) as error:
-            raise ModelError(f"model resemblyzer: device {device} can't be used: {_first_line(error)}") from error
+            raise ModelError(f"model resemblyzer: device {device} can't be used: {first_line(error)}") from error
         # Windows a second on 1 and 2 cores, by windows a call: 8: 153, 163; 32: 160, 268; 64: 165, 281; 128: 146, 246;
         # 512: 139, 235. A GPU wants larger calls; its number is not measured.
         self.max_cost = _CPU_WINDOWS if self._device.type == "cpu" else _CUDA_WINDOWS

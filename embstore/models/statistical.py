@@ -12,8 +12,6 @@ Then the 80 numbers are scaled to unit length. The bands are Slaney's from 0 to 
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +20,11 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from embstore.errors import ItemSkipped, UsageError
+from embstore.errors import ItemSkipped
 from embstore.media import audio
 from embstore.models import mel
 from embstore.models.base import Media, Model, Prepared, Recipe
+from embstore.models.common import fingerprint, require_known
 
 DIM = 2 * mel.BANDS
 FLOOR = 1e-10
@@ -33,8 +32,7 @@ FLOOR = 1e-10
 
 def recipe(options: Mapping[str, str]) -> Recipe:
     """The recipe; it has no options. Raises UsageError for any."""
-    for option in options:
-        raise UsageError(f"model statistical has no option {option!r}; leave it out")
+    require_known("statistical", options)
     return StatisticalRecipe()
 
 
@@ -60,7 +58,7 @@ class StatisticalRecipe:
 
     def fingerprint(self) -> str:
         """SHA-256 of the settings, which are all there is."""
-        return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
+        return fingerprint(self.name, self.settings)
 
     def load(self, device: str) -> Model:  # noqa: ARG002  the same on every device
         """The model; it works on the processor, whatever the device."""

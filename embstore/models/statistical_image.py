@@ -18,8 +18,6 @@ or is zero where there is no edge at all; so a cosine weighs them alike, and no 
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +26,8 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from embstore.errors import UsageError
 from embstore.models.base import Media, Model, Prepared, Recipe
+from embstore.models.common import fingerprint, require_known
 
 SIDE = 128
 """Pixels of both sides of what is looked at."""
@@ -45,8 +43,7 @@ _FAINT = 0.5 / 255
 
 def recipe(options: Mapping[str, str]) -> Recipe:
     """The recipe; it has no options. Raises UsageError for any."""
-    for option in options:
-        raise UsageError(f"model statistical-image has no option {option!r}; leave it out")
+    require_known("statistical-image", options)
     return StatisticalImageRecipe()
 
 
@@ -73,7 +70,7 @@ class StatisticalImageRecipe:
 
     def fingerprint(self) -> str:
         """SHA-256 of the settings, which are all there is."""
-        return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
+        return fingerprint(self.name, self.settings)
 
     def load(self, device: str) -> Model:  # noqa: ARG002  the same on every device
         """The model; it works on the processor, whatever the device."""

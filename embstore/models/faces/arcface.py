@@ -8,8 +8,6 @@ dozen packages along (OpenCV with windows, SciPy, scikit-image) that no embeddin
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ from numpy.typing import NDArray
 from embstore.errors import ItemSkipped, ModelError, UsageError
 from embstore.models import onnx
 from embstore.models.base import Face, Media, Model, Prepared, Recipe
+from embstore.models.common import fingerprint, require_known
 from embstore.models.faces import align, arcface_pack, scrfd
 from embstore.models.faces.arcface_pack import INSTALL, Pack
 
@@ -37,9 +36,7 @@ def recipe(options: Mapping[str, str]) -> Recipe:
     `det_size` is the side, in pixels, of the square in which faces are searched, or auto: 128 and 640, as the package
     does by itself. Raises UsageError and ModelError.
     """
-    for option in options:
-        if option not in _OPTIONS:
-            raise UsageError(f"model arcface has no option {option!r}; it knows: {', '.join(_OPTIONS)}")
+    require_known("arcface", options, _OPTIONS)
     variant, place = options.get("variant", DEFAULT), options.get("model_dir")
     if not variant or Path(variant).name != variant:
         raise UsageError(
@@ -98,14 +95,7 @@ class ArcfaceRecipe:
 
     def fingerprint(self) -> str:
         """SHA-256 of the settings and of both files. Raises ModelError if one is gone."""
-        digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode())
-        for path in (self.pack.detector, self.pack.recogniser):
-            try:
-                with path.open("rb") as file:
-                    digest.update(hashlib.file_digest(file, "sha256").digest())
-            except OSError as error:
-                raise ModelError(f"model {self.name}: {path}: {error.strerror}") from error
-        return digest.hexdigest()
+        return fingerprint(self.name, self.settings, (self.pack.detector, self.pack.recogniser))
 
     def load(self, device: str) -> Model:
         """Load it on `cpu` or `cuda:N`. Raises ModelError."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from embstore.errors import ModelError, UsageError
+from embstore.errors import ModelError, UsageError, first_line
 from embstore.models.faces import scrfd
 
 INSTALL = "type: pip install 'embstore[arcface]'"
@@ -118,7 +118,7 @@ def _graph(file: Path) -> _Graph:
         shapes = [_shape(value) for value in (graph.input[0], graph.output[0])]
     # Of a file that is something else, it raises whatever it stumbles over.
     except Exception as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = first_line(error)
         raise ModelError(f"{file} can't be read as an ONNX model: {reason}") from error
     first = [node.name for node in graph.node[:_FIRST]]
     # The package's own way to tell models from MXNet, which begin with `_minusscalar0` and `_mulscalar0`.

@@ -9,9 +9,7 @@ Source of the steps: `deepface/modules/representation.py` of deepface 0.0.103.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib
-import json
 import os
 import sys
 import threading
@@ -27,6 +25,7 @@ from numpy.typing import NDArray
 from embstore.errors import ItemSkipped, ModelError, UsageError
 from embstore.models import onnx
 from embstore.models.base import Face, Media, Model, Prepared, Recipe
+from embstore.models.common import fingerprint, require_known
 
 DEFAULT = "VGG-Face"
 INSTALL = "type: pip install 'embstore[deepface]'"
@@ -57,9 +56,7 @@ def recipe(options: Mapping[str, str]) -> Recipe:
     `model_dir` is deepface's home (DEEPFACE_HOME) or the folder `.deepface/weights` in it; `detector` and
     `normalization` are as in `DeepFace.represent`. Raises UsageError.
     """
-    for option in options:
-        if option not in _OPTIONS:
-            raise UsageError(f"model deepface has no option {option!r}; it knows: {', '.join(_OPTIONS)}")
+    require_known("deepface", options, _OPTIONS)
     variant, normalization = options.get("variant", DEFAULT), options.get("normalization", "base")
     if variant not in NETWORKS:
         raise UsageError(f"there is no model deepface:{variant}; there are: {', '.join(NETWORKS)}")
@@ -116,13 +113,7 @@ class DeepfaceRecipe:
 
         The detector is in it by its name: deepface has one file for each.
         """
-        digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode())
-        try:
-            with self.weights_file().open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        except OSError as error:
-            raise ModelError(f"model {self.name}: {self.weights_file()}: {error.strerror}") from error
-        return digest.hexdigest()
+        return fingerprint(self.name, self.settings, (self.weights_file(),))
 
     def weights_file(self) -> Path:
         """Where the network's weights are; deepface downloads them if nobody has. Raises ModelError."""

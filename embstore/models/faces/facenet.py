@@ -9,8 +9,6 @@ networks, their parameters and the cropping are the package's own, so the vector
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import pickle
 import threading
 from collections.abc import Mapping, Sequence
@@ -21,8 +19,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from embstore.errors import ItemSkipped, ModelError, UsageError
+from embstore.errors import ItemSkipped, ModelError, UsageError, first_line
 from embstore.models.base import Face, Media, Model, Prepared, Recipe
+from embstore.models.common import fingerprint, require_known
 from embstore.models.faces import facenet_package as package
 
 if TYPE_CHECKING:
@@ -47,9 +46,7 @@ def recipe(options: Mapping[str, str]) -> Recipe:
     `model_dir` is a file of weights, or a folder that holds the variant's. `min_face` is the side of the smallest face
     to find and `margin` what is added round it, in pixels, as in the package. Raises UsageError and ModelError.
     """
-    for option in options:
-        if option not in _OPTIONS:
-            raise UsageError(f"model facenet has no option {option!r}; it knows: {', '.join(_OPTIONS)}")
+    require_known("facenet", options, _OPTIONS)
     variant = options.get("variant", DEFAULT)
     place = options.get("model_dir")
     if variant not in package.WEIGHTS:
@@ -109,14 +106,7 @@ class FacenetRecipe:
 
     def fingerprint(self) -> str:
         """SHA-256 of the settings and of all weights, the detector's too; downloads them. Raises ModelError."""
-        digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode())
-        for path in (*package.detector_files(), self.weights_file()):
-            try:
-                with path.open("rb") as file:
-                    digest.update(hashlib.file_digest(file, "sha256").digest())
-            except OSError as error:
-                raise ModelError(f"model facenet: {path}: {error.strerror}") from error
-        return digest.hexdigest()
+        return fingerprint("facenet", self.settings, (*package.detector_files(), self.weights_file()))
 
     def weights_file(self) -> Path:
         """Where the weights are; downloads them if nobody has. Raises ModelError."""
@@ -141,7 +131,7 @@ class Facenet:
             self._network = network.eval().to(self._device)
             self._detector = package.detector(self._device, min_face, margin)
         except (RuntimeError, AssertionError) as error:
-            raise ModelError(f"model facenet: device {device} can't be used: {_first_line(error)}") from error
+            raise ModelError(f"model facenet: device {device} can't be used: {first_line(error)}") from error
         self._min_face = min_face
         # A GPU works on one picture at a time anyway; side by side they would only take more of its memory.
         on_cpu = self._device.type == "cpu"
@@ -219,10 +209,6 @@ def _filled(network: torch.nn.Module, file: Path) -> torch.nn.Module:
     # Of a file that is something else, the unpickler raises whatever it stumbles over.
     except (OSError, RuntimeError, EOFError, LookupError, TypeError, AttributeError, pickle.UnpicklingError) as error:
         raise ModelError(
-            f"model facenet: {file} is no file of weights of InceptionResnetV1: {_first_line(error)}"
+            f"model facenet: {file} is no file of weights of InceptionResnetV1: {first_line(error)}"
         ) from error
     return network
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from embstore.errors import ModelError
+from embstore.errors import ModelError, first_line
 from embstore.models.wespeaker import package
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def _read(file: Path) -> dict[str, torch.Tensor]:
         return {name: value for name, value in state.items() if not name.startswith(_TRAINING_ONLY)}
     # Of a file that is something else, the unpickler raises whatever it stumbles over.
     except Exception as error:
-        reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise ModelError(f"{file} can't be read as a WeSpeaker checkpoint: {reason}") from error
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from embstore.errors import ItemSkipped, ModelError
+from embstore.errors import ItemSkipped, ModelError, first_line
 from embstore.media import audio
 from embstore.models import fbank, vad
 from embstore.models.base import Prepared
@@ -250,7 +250,7 @@ def _fewest_frames(encoder: Encoder, dim: int, bins: int, device: str) -> int:
                 vectors = encoder.encode(features, [frames])
         # A frame too few is an error of any kind in a strange network or in ONNX Runtime.
         except Exception as error:  # noqa: BLE001
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            reason = first_line(error)
             continue
         if vectors.shape != (1, dim):
             raise ModelError(f"model wespeaker: it gives vectors of shape {vectors.shape[1:]}, its config says {dim}")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from embstore.errors import ModelError
+from embstore.errors import ModelError, first_line
 from embstore.models.fbank import integers
 from embstore.models.wespeaker import proof
 from embstore.models.wespeaker.families import Batching
@@ -42,7 +42,7 @@ class Network:
             self._device = torch.device(device)
             self._module = module.to(self._device)
         except (RuntimeError, AssertionError) as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            reason = first_line(error)
             raise ModelError(f"model wespeaker: device {device} can't be used: {reason}") from error
         if self._device.type == "cuda":
             # TF32 has 10 bits: float32 on a GPU would differ from float32 on a processor.

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
-from embstore.errors import ModelError, UsageError
+from embstore.errors import UsageError
 from embstore.media.audio import Channels
 from embstore.models import fbank, vad
 from embstore.models.base import Media, Model, Recipe
+from embstore.models.common import fingerprint, require_known
 from embstore.models.wespeaker import compiled, families, package, runtime, source
 from embstore.models.wespeaker.model import Wespeaker
 from embstore.models.wespeaker.network import Precision, has_bf16
@@ -48,9 +47,7 @@ def recipe(options: Mapping[str, str]) -> Recipe:
 
     Raises UsageError for an option, ModelError for a model that can't be used.
     """
-    for option in options:
-        if option not in _OPTIONS:
-            raise UsageError(f"model wespeaker has no option {option!r}; it knows: {', '.join(_OPTIONS)}")
+    require_known("wespeaker", options, _OPTIONS)
     name, found = _model(options)
     family = found.family
     features = fbank.Settings(
@@ -152,13 +149,7 @@ class WespeakerRecipe:
         Precision, runtime, device and batch size are not in it: they change a vector by less than a cosine of 0.0001,
         so vectors that a CPU and a GPU computed may stand side by side.
         """
-        digest = hashlib.sha256(json.dumps(self._identity(), sort_keys=True).encode())
-        try:
-            with self.source.weights.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        except OSError as error:
-            raise ModelError(f"model {self.name}: {self.source.weights}: {error.strerror}") from error
-        return digest.hexdigest()
+        return fingerprint(self.name, self._identity(), (self.source.weights,))
 
     def load(self, device: str) -> Model:
         """Load it on `cpu` or `cuda:N`. Raises ModelError."""
