@@ -89,19 +89,17 @@ def down(force: bool, settings: Settings) -> None:
 @pass_settings
 def status(settings: Settings) -> None:
     """Show where the database is and whether it is ready; starts nothing."""
-    facts = {}
-    if settings.database_url is None:
-        server = embedded.status(settings.home)
-        facts["network"] = _network(server.listens)
-        if not server.running:
-            state = (
-                "stopped: the next command starts it"
-                if server.initialised
-                else "not made yet: the next command does it"
-            )
-            facts["network"] = _network(network.recall(Home.at(settings.home)))
-            write_pairs({"database": f"the embedded server in '{settings.home}'", **facts, "state": state}, sys.stdout)
-            return
+    server = embedded.status(settings.home) if settings.database_url is None else None
+    if server is not None and not server.running:
+        pairs = {
+            "database": f"the embedded server in '{settings.home}'",
+            "network": _network(network.recall(Home.at(settings.home))),
+            "state": "stopped: the next command starts it"
+            if server.initialised
+            else "not made yet: the next command does it",
+        }
+        write_pairs(pairs, sys.stdout)
+        return
     with opened(settings) as database:
         with database.begin() as connection:
             found = inspect(connection)
@@ -116,7 +114,7 @@ def status(settings: Settings) -> None:
         "pgvector": found.pgvector or "not installed",
         "revision": f"{found.revision or 'none'} (this embstore: {HEAD})",
         "size": size,
-        **facts,
+        **({} if server is None else {"network": _network(server.listens)}),
         "state": state,
     }
     write_pairs(pairs, sys.stdout)

@@ -23,7 +23,7 @@ from embstore.transfer import origin
 from embstore.transfer.checked import Checked, Names, Part
 from embstore.transfer.incoming import Counts, Place, compare, take_in
 from embstore.transfer.origin import Origin, Wanted
-from embstore.transfer.reading import Reader, Spot
+from embstore.transfer.reading import Reader, Spot, Tell
 from embstore.words import plural
 
 Begin = Callable[[str, int | None], AbstractContextManager[Callable[[int], None]]]
@@ -119,16 +119,14 @@ def import_embeddings(
     with database.begin() as connection:
         found = origin.find(connection, reader, wanted)
         model_id = catalog.stored_model(connection, found.model.name, found.model.fingerprint())
-    there = _there(found, model_id)
-    outcome = Outcome(found.dataset, found.model.name)
-    refused = _Refused(options.skip_bad)
-    counts = _survey(database, reader, found, there, options, refused, begin)
-    outcome.refused, outcome.spots = refused.count, refused.spots
+    work = _Import(database, reader, found, options, begin)
+    counts, refused = work.survey(_there(found, model_id))
+    outcome = Outcome(found.dataset, found.model.name, refused=refused.count, spots=refused.spots)
     started(found, counts, model_id is None)
     if options.dry_run:
         outcome.counts = counts
     else:
-        _bring_in(database, reader, found, counts, options, outcome, begin, parameters or {})
+        work.bring_in(counts, outcome, parameters or {})
     outcome.seconds = time.monotonic() - start
     return outcome
 
@@ -140,99 +138,82 @@ def _there(found: Origin, model_id: int | None) -> Place | None:
     return Place(found.there.dataset_id, model_id, found.model.dim, found.dataset)
 
 
-def _survey(
-    database: Database,
-    reader: Reader,
-    found: Origin,
-    there: Place | None,
-    options: Options,
-    refused: _Refused,
-    begin: Begin,
-) -> Counts:
-    """Read all of the table and see whether it may come in; what will become of its rows."""
-    counts, names = Counts(), Names()
-    with begin("checking", reader.rows) as tick:
-        for part in Checked(reader, found.under, refused).parts():
-            names.add(part)
-            if there is None:
-                counts.imported += len(part)
+@dataclass(frozen=True)
+class _Import:
+    """A table on its way in, of which it is known where it belongs."""
+
+    database: Database
+    reader: Reader
+    found: Origin
+    options: Options
+    begin: Begin
+
+    def survey(self, there: Place | None) -> tuple[Counts, _Refused]:
+        """Read all of the table and see whether it may come in: what will become of its rows, and which may not."""
+        counts, names, refused = Counts(), Names(), _Refused(self.options.skip_bad)
+        reader = self.reader
+        with self.begin("checking", reader.rows) as tick:
+            for part in self._parts(refused):
+                names.add(part)
+                if there is None:
+                    counts.imported += len(part)
+                else:
+                    with self.database.begin() as connection:
+                        counts.add(compare(connection, there, part, reader.where, replace=self.options.replace))
+                tick(len(part))
+            refused.require_none()
+            if reader.rows not in (None, counts.all + refused.count) and not self.options.skip_bad:
+                raise UsageError(
+                    f"the file says that it has {plural(reader.rows or 0, 'vector')}, and holds {counts.all:,}: it is"
+                    " not whole, and nothing was imported; add --skip-bad to import what there is"
+                )
+            names.require_different(reader, self._parts())
+        if not counts.all:
+            raise UsageError("none of its rows may come in: nothing was imported")
+        return counts, refused
+
+    def bring_in(self, expected: Counts, outcome: Outcome, parameters: dict[str, Any]) -> None:
+        """Bring in what the survey `expected`, and note in `outcome` and in the history how that ended."""
+        with self.database.begin() as connection:
+            place = _make_place(connection, self.found)
+            run = catalog.start_run(connection, "import", place.dataset_id, place.model_id, parameters)
+        status = "failed"
+        try:
+            if expected.imported or expected.replaced:
+                self._take_all(place, expected, outcome.counts)
             else:
-                with database.begin() as connection:
-                    counts.add(compare(connection, there, part, reader.where, replace=options.replace))
-            tick(len(part))
-        refused.require_none()
-        if reader.rows not in (None, counts.all + refused.count) and not options.skip_bad:
-            raise UsageError(
-                f"the file says that it has {plural(reader.rows or 0, 'vector')}, and holds {counts.all:,}: it is not"
-                " whole, and nothing was imported; add --skip-bad to import what there is"
-            )
-        names.require_different(reader, Checked(reader, found.under, lambda _spot: None).parts())
-    if not counts.all:
-        raise UsageError("none of its rows may come in: nothing was imported")
-    return counts
+                outcome.counts = expected
+            status = "done"
+        except KeyboardInterrupt:
+            status = "interrupted"
+            outcome.interrupted = True
+        finally:
+            # If the database is what ended it, that error is the one to show.
+            with suppress(DatabaseError), self.database.begin() as connection:
+                catalog.end_run(connection, run, place.dataset_id, status, outcome.as_dict())
 
+    def _take_all(self, place: Place, expected: Counts, counts: Counts) -> None:
+        """Bring in part after part, and count them."""
+        with self.database.begin() as connection:
+            is_empty = not connection.execute(text(_ANY), {"dataset_id": place.dataset_id}).scalar_one()
+        with self.begin("importing", expected.all) as tick, ahead(self._parts()) as parts:
+            for part in parts:
+                work = partial(
+                    take_in,
+                    place=place,
+                    part=part,
+                    where=self.reader.where,
+                    replace=self.options.replace,
+                    alone=counts.imported if is_empty else None,
+                )
+                counts.add(self.database.patiently(work))
+                tick(len(part))
+        if counts.all != expected.all:
+            raise UsageError("the file has changed since it was checked: type the command again")
 
-def _bring_in(
-    database: Database,
-    reader: Reader,
-    found: Origin,
-    expected: Counts,
-    options: Options,
-    outcome: Outcome,
-    begin: Begin,
-    parameters: dict[str, Any],
-) -> None:
-    with database.begin() as connection:
-        place = _make_place(connection, found)
-        run = catalog.start_run(connection, "import", place.dataset_id, place.model_id, parameters)
-    status = "failed"
-    try:
-        if expected.imported or expected.replaced:
-            _take_all(database, reader, found, place, expected, options, outcome.counts, begin)
-        else:
-            outcome.counts = expected
-        status = "done"
-    except KeyboardInterrupt:
-        status = "interrupted"
-        outcome.interrupted = True
-    finally:
-        # If the database is what ended it, that error is the one to show.
-        with suppress(DatabaseError), database.begin() as connection:
-            catalog.end_run(connection, run, place.dataset_id, status, outcome.as_dict())
-
-
-def _take_all(
-    database: Database,
-    reader: Reader,
-    found: Origin,
-    place: Place,
-    expected: Counts,
-    options: Options,
-    counts: Counts,
-    begin: Begin,
-) -> None:
-    """Bring in part after part, and count them."""
-    with database.begin() as connection:
-        is_empty = not connection.execute(text(_ANY), {"dataset_id": place.dataset_id}).scalar_one()
-    with begin("importing", expected.all) as tick, ahead(_parts(reader, found)) as parts:
-        for part in parts:
-            work = partial(
-                take_in,
-                place=place,
-                part=part,
-                where=reader.where,
-                replace=options.replace,
-                alone=counts.imported if is_empty else None,
-            )
-            counts.add(database.patiently(work))
-            tick(len(part))
-    if counts.all != expected.all:
-        raise UsageError("the file has changed since it was checked: type the command again")
-
-
-def _parts(reader: Reader, found: Origin) -> Generator[Part]:
-    """The parts anew: those who were told of bad rows the first time need not hear of them again."""
-    yield from Checked(reader, found.under, lambda _spot: None).parts()
+    def _parts(self, tell: Tell = lambda _spot: None) -> Generator[Part]:
+        """The table, read anew; whoever was told of bad rows the first time need not hear of them again."""
+        yield from Checked(self.reader, self.found.under, tell).parts()
 
 
 def _make_place(connection: Connection, found: Origin) -> Place:
