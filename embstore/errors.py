@@ -90,3 +90,8 @@ def first_line(error: BaseException | None) -> str:
     """The first line of what an error says; the name of its type where it says nothing."""
     lines = str(error).strip().splitlines()
     return lines[0].strip() if lines else type(error).__name__
+
+
+def described(error: BaseException) -> str:
+    """The type of an error and all that it says, in one line; for those of other people's code."""
+    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
 
-from embstore.errors import EmbstoreError, ModelError, UsageError
+from embstore.errors import EmbstoreError, ModelError, UsageError, described
 from embstore.models.base import Recipe
 
 GROUP = "embstore.models"
@@ -74,7 +74,7 @@ def build(family: str, options: Mapping[str, str]) -> Recipe:
         raise
     # A stranger's code runs here, and may raise anything.
     except Exception as error:
-        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        cause = described(error)
         raise ModelError(f"model {family}: package {_package(entry)} can't be used: {cause}") from error
     return found
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from embstore.errors import ModelError, UsageError, first_line
+from embstore.errors import ModelError, UsageError, described, first_line
 from embstore.models.faces import scrfd
 
 INSTALL = "type: pip install 'embstore[arcface]'"
@@ -65,7 +65,7 @@ def folder_of(variant: str) -> Path:
             importlib.import_module("insightface.utils.storage").ensure_available("models", variant)
     # Network, disk, archive, the address's answer: whatever goes wrong in there, it is one line for a person.
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = described(error)
         raise ModelError(
             f"model arcface: {variant} can't be downloaded ({reason}); unpack {_RELEASE}/{variant}.zip yourself, and"
             " type --model-dir with the folder"

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from embstore.errors import ItemSkipped, ModelError, UsageError
+from embstore.errors import ItemSkipped, ModelError, UsageError, described
 from embstore.models import onnx
 from embstore.models.base import Face, Media, Model, Prepared, Recipe
 from embstore.models.common import fingerprint, require_known
@@ -190,7 +190,7 @@ def _built(task: str, name: str, home: Path) -> Any:
             return modeling.build_model(task=task, model_name=name)
         # Network, disk, a package that a detector needs, another name: it is one line for a person.
         except Exception as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            reason = described(error)
             what = "detector" if task == "face_detector" else "network"
             raise ModelError(f"model deepface: its {what} {name} can't be made: {reason}") from error
 

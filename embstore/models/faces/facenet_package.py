@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embstore.errors import ModelError
+from embstore.errors import ModelError, described
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +56,7 @@ def downloaded(variant: str) -> Path:
         download.download_url_to_file(_RELEASE + file.name, str(file))
     # Network, disk, the address's answer: whatever goes wrong in there, it is one line for a person.
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = described(error)
         raise ModelError(
             f"model facenet: {file.name} can't be downloaded ({reason}); get it from {_RELEASE} yourself, and type"
             " --model-dir with its path"

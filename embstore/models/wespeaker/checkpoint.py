@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from embstore.errors import ModelError, first_line
+from embstore.errors import ModelError, described, first_line
 from embstore.models.wespeaker import package
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def load(file: Path, module: str, model: str, arguments: Mapping[str, Any]) -> t
         network: torch.nn.Module = build(**arguments)
     # Somebody else's code with arguments from a file.
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = described(error)
         raise ModelError(f"model {model}: wespeaker can't build it from model_args of config.yaml: {reason}") from error
     _fill(network, _read(file), file)
     return network.eval()

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from embstore.errors import ModelError
+from embstore.errors import ModelError, described
 
 INSTALL = "in a clone of its repository (wenet-e2e/wespeaker) type: pip install --no-deps ."
 
@@ -45,7 +45,7 @@ def download(variant: str) -> Path:
             folder = Path(hub.get_model(variant))
     # Network, disk, archive, the address's answer: whatever goes wrong in there, it is one line for a person.
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = described(error)
         raise ModelError(
             f"model wespeaker:{variant}: can't be downloaded ({reason}); unpack it yourself and give model_dir=FOLDER"
         ) from error

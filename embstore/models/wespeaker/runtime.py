@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal, cast
 
-from embstore.errors import ModelError
+from embstore.errors import ModelError, described
 from embstore.models.wespeaker import checkpoint, compiled, graph, proof
 from embstore.models.wespeaker.compiled import Compiled
 from embstore.models.wespeaker.families import Family
@@ -88,7 +88,7 @@ def _compiled(
                 found = _proven(make, expected, bins, dtype, least)
             # Somebody else's compiler on somebody else's network.
             except Exception as error:  # noqa: BLE001
-                reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+                reason = described(error)[:200]
                 continue
             if found:
                 return found
