@@ -9,7 +9,7 @@ SPREAD := -n auto --dist loadfile --max-worker-restart 0
 ARGS ?= $(SPREAD)
 
 # What `make bench` runs: those without arguments of their own that take minutes, not hours.
-BENCHMARKS := startup write claim register extract sharing transfer boundary_command
+BENCHMARKS := startup write claim register sharing transfer boundary_command extract
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed

@@ -100,7 +100,7 @@ def build(
     options = {"lists": lists, "m": m, "ef_construction": ef_construction}
     given = {name: value for name, value in options.items() if value is not None}
     for name in sorted(given.keys() - _OPTIONS[kind]):
-        raise click.UsageError(f"--{name.replace('_', '-')} is not for {kind}")
+        raise click.UsageError(f"--{name.replace('_', '-')} is not for {kind}: leave it out")
     with _opened(settings) as database:
         with database.begin() as connection, interruptible():
             stored = catalog.one_model(connection, None, model, prefer=settings.embedding_model)

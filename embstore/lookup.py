@@ -153,7 +153,9 @@ def checked(vector: NDArray[Any], dim: int, name: str) -> NDArray[np.float32]:
     if values.ndim != 1 or values.dtype.kind not in "fiu":
         raise UsageError(f"{name} is an array of {values.dtype} {list(values.shape)}; one vector of numbers is needed")
     if len(values) != dim:
-        raise UsageError(f"{name} has {len(values):,} dimensions, the model's vectors have {dim:,}")
+        raise UsageError(
+            f"{name} has {len(values):,} dimensions, the model's vectors have {dim:,}: name the model that made it"
+        )
     with np.errstate(over="ignore"):
         values = values.astype(np.float32)
     if not np.isfinite(values).all() or not values.any():

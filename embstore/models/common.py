@@ -1,4 +1,4 @@
-"""What recipes have in common: the options that they know, and the hash of what they are made of."""
+"""What models have in common: the options that they know, the hash of what they are made of, a device that fails."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from embstore.errors import ModelError, UsageError
+from embstore.errors import ModelError, UsageError, first_line
 
 
 def require_known(model: str, options: Iterable[str], known: Sequence[str] = ()) -> None:
@@ -32,3 +32,8 @@ def fingerprint(model: str, identity: Mapping[str, Any], files: Iterable[Path] =
         except OSError as error:
             raise ModelError(f"model {model}: {path}: {error.strerror}") from error
     return digest.hexdigest()
+
+
+def unusable(model: str, device: str, error: Exception) -> str:
+    """What to say of a device that a model could not be put on."""
+    return f"model {model}: device {device} can't be used: {first_line(error)}; --gpus none computes on the processor"

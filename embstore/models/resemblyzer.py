@@ -28,7 +28,7 @@ from embstore.errors import ItemSkipped, ModelError, first_line
 from embstore.media import audio
 from embstore.models import mel, vad
 from embstore.models.base import Media, Model, Prepared, Recipe
-from embstore.models.common import fingerprint, require_known
+from embstore.models.common import fingerprint, require_known, unusable
 
 if TYPE_CHECKING:
     import torch
@@ -140,7 +140,7 @@ class Resemblyzer:
             self._device = torch.device(device)
             self._encoder = encoder.eval().to(self._device)
         except (RuntimeError, AssertionError) as error:
-            raise ModelError(f"model resemblyzer: device {device} can't be used: {first_line(error)}") from error
+            raise ModelError(unusable("resemblyzer", device, error)) from error
         # Windows a second on 1 and 2 cores, by windows a call: 8: 153, 163; 32: 160, 268; 64: 165, 281; 128: 146, 246;
         # 512: 139, 235. A GPU wants larger calls; its number is not measured.
         self.max_cost = _CPU_WINDOWS if self._device.type == "cpu" else _CUDA_WINDOWS

@@ -122,7 +122,9 @@ def _model(connection: Connection, facts: Facts | None, name: str | None, dim: i
     else:
         model = _of_fingerprint(connection, facts, fingerprint, name, dim, media)
     if model.dim != dim:
-        raise UsageError(f"the vectors have {dim} values, those of model '{model.name}' have {model.dim}")
+        raise UsageError(
+            f"the vectors have {dim} values, those of model '{model.name}' have {model.dim}: give --model another name"
+        )
     registry.check_media(model, media)
     return model
 

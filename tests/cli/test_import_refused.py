@@ -104,7 +104,8 @@ def test_vectors_of_another_length_than_the_models(cli: Cli, database: Database,
     assert cli("import", "embeddings", str(write(tmp_path / "a.npz", GOOD)), *FLAGS).exit_code == 0
     result = cli("import", "embeddings", str(write(tmp_path / "b.npz", vectors_of(4, 5))), *FLAGS)
     assert result.exit_code == 2
-    assert result.stderr == "error: the vectors have 5 values, those of model 'x' have 3\n"
+    words = "the vectors have 5 values, those of model 'x' have 3: give --model another name"
+    assert result.stderr == f"error: {words}\n"
 
 
 def test_a_vector_that_pgvector_cannot_store(refused: Refused, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from embstore.errors import ItemSkipped, ModelError, UsageError, first_line
 from embstore.models.base import Face, Media, Model, Prepared, Recipe
-from embstore.models.common import fingerprint, require_known
+from embstore.models.common import fingerprint, require_known, unusable
 from embstore.models.faces import facenet_package as package
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ class Facenet:
             self._network = network.eval().to(self._device)
             self._detector = package.detector(self._device, min_face, margin)
         except (RuntimeError, AssertionError) as error:
-            raise ModelError(f"model facenet: device {device} can't be used: {first_line(error)}") from error
+            raise ModelError(unusable("facenet", device, error)) from error
         self._min_face = min_face
         # A GPU works on one picture at a time anyway; side by side they would only take more of its memory.
         on_cpu = self._device.type == "cpu"

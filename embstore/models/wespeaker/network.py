@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from embstore.errors import ModelError, first_line
+from embstore.errors import ModelError
+from embstore.models.common import unusable
 from embstore.models.fbank import integers
 from embstore.models.wespeaker import proof
 from embstore.models.wespeaker.families import Batching
@@ -42,8 +43,7 @@ class Network:
             self._device = torch.device(device)
             self._module = module.to(self._device)
         except (RuntimeError, AssertionError) as error:
-            reason = first_line(error)
-            raise ModelError(f"model wespeaker: device {device} can't be used: {reason}") from error
+            raise ModelError(unusable("wespeaker", device, error)) from error
         if self._device.type == "cuda":
             # TF32 has 10 bits: float32 on a GPU would differ from float32 on a processor.
             torch.backends.cudnn.allow_tf32 = False
