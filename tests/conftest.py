@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import itertools
 import os
-import shutil
 import signal
-import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import psycopg2
 import pytest
+from helpers import own_home
 from people import People, people_of
 from sqlalchemy import make_url
 
 from embstore.db import embedded, migrate
 from embstore.db.engine import Database
-from embstore.db.home import Home, is_free
 from embstore.settings import NAMES, Settings, load
 
 # A shell starts what runs in its background with SIGINT ignored, and so would be all that the tests start.
@@ -50,20 +47,10 @@ def test_data() -> Path:
 @pytest.fixture(scope="session")
 def server_home() -> Iterator[Path]:
     """The home of an embedded server that runs for the session."""
-    # Not pytest's temporary folder: that is closed to the account that the server runs under when we are root.
-    folder = Path(tempfile.mkdtemp(prefix="embstore-tests-"))
-    folder.chmod(0o755)
-    home = folder / "home"
-    embedded.ensure_running(home)
-    try:
+    with own_home() as home:
+        embedded.ensure_running(home)
         _execute(embedded.url(home), "ALTER SYSTEM SET fsync = off", "SELECT pg_reload_conf()")
         yield home
-    finally:
-        embedded.stop(home, force=True)
-        place = Home.at(home)
-        while not is_free(place, place.keeper_lock):
-            time.sleep(0.05)
-        shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -13,7 +17,9 @@ from numpy.typing import NDArray
 from sqlalchemy import Connection, text
 
 from embstore import catalog, vectors
+from embstore.db import embedded
 from embstore.db.engine import Database
+from embstore.db.home import Home, is_free
 from embstore.models.base import Media, Model
 from embstore.queue import Queue, take_lease
 from embstore.register import Registered, enqueue, register
@@ -48,6 +54,31 @@ FROM embstore.item i LEFT JOIN embstore.extraction x USING (dataset_id, item_id)
 LEFT JOIN embstore.embedding e USING (dataset_id, model_id, item_id)
 ORDER BY i.position, i.item_id
 """
+
+
+@contextmanager
+def open_folder() -> Iterator[Path]:
+    """A folder that other accounts may enter, such as the server's when we are root; pytest's own is closed to them."""
+    folder = Path(tempfile.mkdtemp(prefix="embstore-tests-"))
+    folder.chmod(0o755)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+@contextmanager
+def own_home() -> Iterator[Path]:
+    """A home for an embedded server that nobody else uses; in the end the server is stopped, and all of it removed."""
+    with open_folder() as folder:
+        home = folder / "home"
+        try:
+            yield home
+        finally:
+            embedded.stop(home, force=True)
+            place = Home.at(home)
+            while not is_free(place, place.keeper_lock):
+                time.sleep(0.05)
 
 
 def entry(path: str, speaker: str | None = None, **facts: Any) -> Entry:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,11 +9,11 @@ import psycopg2
 import pytest
 from audit import ITEMS, LEASE_SECONDS, Vectors, read_vectors
 from commands import Command, Start, Watcher, install_probe, write_tones
+from helpers import own_home
 from sqlalchemy import make_url
 
 from embstore.db import embedded, migrate
 from embstore.db.engine import Database
-from embstore.db.home import Home, is_free
 from embstore.settings import load
 
 
@@ -86,16 +83,8 @@ def start(database_url: str, tmp_path: Path, probe: Path, runs: list[Command]) -
 @pytest.fixture
 def other_home() -> Iterator[Path]:
     """A home of its own, whose server a test may kill."""
-    # Not pytest's temporary folder: that is closed to the account that the server runs under when we are root.
-    folder = Path(tempfile.mkdtemp(prefix="embstore-tests-"))
-    folder.chmod(0o755)
-    home = folder / "home"
-    yield home
-    embedded.stop(home, force=True)
-    place = Home.at(home)
-    while not is_free(place, place.keeper_lock):
-        time.sleep(0.05)
-    shutil.rmtree(folder)
+    with own_home() as home:
+        yield home
 
 
 @pytest.fixture

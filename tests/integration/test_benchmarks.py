@@ -6,11 +6,11 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers import open_folder
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SMALL = {
@@ -29,11 +29,9 @@ SMALL = {
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """One that the server's account may enter; pytest's own is closed to it when we are root."""
-    folder = Path(tempfile.mkdtemp(prefix="embstore-tests-"))
-    folder.chmod(0o755)
-    yield folder
-    shutil.rmtree(folder)
+    """One that the server's account may enter."""
+    with open_folder() as folder:
+        yield folder
 
 
 def run(name: str, *more: str) -> str:

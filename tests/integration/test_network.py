@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import stat
 import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -17,11 +14,12 @@ from pathlib import Path
 import psutil
 import psycopg2
 import pytest
+from helpers import own_home
 
 from embstore import members
 from embstore.db import embedded, migrate, network
 from embstore.db.engine import Database
-from embstore.db.home import Home, is_free
+from embstore.db.home import Home
 from embstore.errors import DatabaseUnavailable, UsageError
 from embstore.settings import Settings
 
@@ -49,23 +47,15 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def home() -> Iterator[Path]:
     """The home of a server with the login ann, who has a password."""
-    folder = Path(tempfile.mkdtemp(prefix="embstore-tests-"))
-    folder.chmod(0o755)
-    home = folder / "home"
-    embedded.ensure_running(home)
-    database = Database(Settings(home=home))
-    migrate.upgrade(database)
-    with database.begin() as connection:
-        members.create_team(connection, "phonetics")
-        verifier = members.verifier(connection, PASSWORD, "ann")
-        members.add_member(connection, "phonetics", "ann", "reader", verifier=verifier)
-    database.close()
-    yield home
-    embedded.stop(home, force=True)
-    place = Home.at(home)
-    while not is_free(place, place.keeper_lock):
-        time.sleep(0.05)
-    shutil.rmtree(folder)
+    with own_home() as home:
+        database = Database(Settings(home=home))
+        migrate.upgrade(database)
+        with database.begin() as connection:
+            members.create_team(connection, "phonetics")
+            verifier = members.verifier(connection, PASSWORD, "ann")
+            members.add_member(connection, "phonetics", "ann", "reader", verifier=verifier)
+        database.close()
+        yield home
 
 
 @pytest.fixture
