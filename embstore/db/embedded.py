@@ -49,7 +49,6 @@ _held: dict[Path, int] = {}  # home folder: our descriptor that shares its users
 class Status:
     """What is known of an embedded server without changing anything."""
 
-    data_dir: Path
     initialised: bool
     running: bool = False
     kept: bool = False
@@ -166,16 +165,16 @@ def status(home: Path) -> Status:
     """What is known of the server of `home`; changes nothing. Raises as `Home.initialised` does."""
     place = Home.at(home)
     if not place.folder.is_dir() or not place.initialised():
-        return Status(place.data, initialised=False)
+        return Status(initialised=False)
     kept, in_use = place.keep.exists(), _in_use_now(place)
     if _probe(place) is not _Answer.READY:
-        return Status(place.data, True, kept=kept, in_use=in_use, version=MAJOR)
+        return Status(True, kept=kept, in_use=in_use, version=MAJOR)
     with _connected(place) as connection, connection.cursor() as cursor:
         cursor.execute(_FACTS)
         (version, open_sessions, size, hosts, port) = cursor.fetchone() or (None, 0, None, "", "")
         pid = _peer(connection)
     listens = str(network.Address(hosts, int(port))) if hosts else None
-    return Status(place.data, True, True, kept, in_use, version, pid, open_sessions, size, listens)
+    return Status(True, True, kept, in_use, version, pid, open_sessions, size, listens)
 
 
 _SESSIONS = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"

@@ -158,7 +158,7 @@ def server_pid(home: Path) -> int:
 
 
 def test_makes_and_starts_a_server_with_pgvector(home: Path) -> None:
-    assert embedded.status(home) == embedded.Status(home / "postgres", initialised=False)
+    assert embedded.status(home) == embedded.Status(initialised=False)
     with User(home) as user:
         assert user.said() == embedded.url(home)
         run(home, "CREATE EXTENSION vector", "CREATE TABLE v (e vector(3))", "INSERT INTO v VALUES ('[1,2,3]')")
