@@ -16,7 +16,7 @@ from sqlalchemy import text
 
 from embstore import sharing
 from embstore.db.engine import Database, require_session
-from embstore.db.migrate import State, inspect
+from embstore.db.migrate import EXTENSION, State, inspect
 from embstore.db.schema import HEAD, SCHEMA
 from embstore.errors import DatabaseError, DatabaseNotReady, UsageError
 from embstore.words import plural
@@ -26,7 +26,7 @@ from .programs import SEARCH_PATH, Programs
 _BEGIN = f"""
 BEGIN;
 SET LOCAL client_min_messages = warning;
-CREATE EXTENSION IF NOT EXISTS vector SCHEMA public;
+{EXTENSION}
 DROP SCHEMA IF EXISTS {SCHEMA} CASCADE;
 """
 

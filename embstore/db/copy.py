@@ -26,7 +26,7 @@ PIECE = 1 << 18
 """Bytes that psycopg2 reads at a time; its default of 8 kB makes a COPY take 1.7 times as long."""
 
 Column = tuple[np.dtype[Any], int | None]
-"""Type of a column's values, and the dimension if they are vectors."""
+"""Type of a column's values, and the dimension if they are vectors. Of a record, what a bytea holds, byte for byte."""
 
 Rows = dict[str, NDArray[Any]]
 """Columns of some rows, by name."""
@@ -68,13 +68,18 @@ def read_rows(connection: Connection, query: str, columns: Mapping[str, Column])
     """The rows of a query without parameters, whose columns are of these types, in this order, and never null."""
     pieces: list[Rows] = []
     stream_rows(connection, query, columns, pieces.append)
-    return {name: np.concatenate([piece[name] for piece in pieces]) for name in columns}
+    return {
+        name: np.concatenate([piece[name] for piece in pieces], dtype=dtype) for name, (dtype, _) in columns.items()
+    }
 
 
 def stream_rows(
     connection: Connection, query: str, columns: Mapping[str, Column], take: Callable[[Rows], object]
 ) -> None:
-    """The same, given to `take` as they come, some hundred at a time: meanwhile the server goes on sending."""
+    """The same, given to `take` as they come, some hundred at a time: meanwhile the server goes on sending.
+
+    Their bytes are in the order of the network, big-endian: whoever puts them elsewhere turns them without a copy more.
+    """
     decoder = Decoder(columns, take)
     with _cursor(connection) as cursor:
         cursor.copy_expert(f"COPY ({query}) TO STDOUT (FORMAT BINARY)", decoder)
@@ -207,7 +212,7 @@ class Decoder:
         for name, (dtype, dim) in self._columns.items():
             if (rows[f"{name} length"] != (dtype.itemsize if dim is None else 4 + 4 * dim)).any():
                 raise ValueError(f"column '{name}' holds a null, or is of another type than {dtype}")
-        return {name: rows[name].astype(dtype) for name, (dtype, _) in self._columns.items()}
+        return {name: rows[name] for name in self._columns}
 
 
 def _record(columns: Mapping[str, Column]) -> np.dtype[Any]:
@@ -215,7 +220,7 @@ def _record(columns: Mapping[str, Column]) -> np.dtype[Any]:
     for name, (dtype, dim) in columns.items():
         fields.append((f"{name} length", ">i4"))
         if dim is None:
-            fields.append((name, dtype.newbyteorder(">")))
+            fields.append((name, dtype if dtype.names else dtype.newbyteorder(">")))
         else:
             fields += [(f"{name} dim", ">i2"), (f"{name} unused", ">i2"), (name, ">f4", (dim,))]
     return np.dtype(fields)

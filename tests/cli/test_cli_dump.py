@@ -65,6 +65,9 @@ def test_all_of_it_comes_back(store: Database, saved: Path, target: Database, to
         4,
     ]
     assert to("db", "check").exit_code == 0
+    with target.begin() as connection:
+        as_bytes = "SELECT count(public.embstore_bytes(embedding)) FROM embstore.embedding_1"
+        assert connection.exec_driver_sql(as_bytes).scalar_one() == 4
 
 
 def test_work_goes_on_in_a_restored_database(saved: Path, target: Database, to: Cli) -> None:

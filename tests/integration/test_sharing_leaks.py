@@ -10,9 +10,10 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import psycopg2
 import pytest
-from helpers import entry, fill, finish_all
+from helpers import entry, fill, finish_all, vectors_of
 from people import People
 from sqlalchemy import make_url
 
@@ -20,6 +21,8 @@ from embstore import catalog
 from embstore.db.engine import Database
 
 SECRETS = 300
+VECTOR = np.array([3, 0], "<i2").tobytes() + vectors_of(SECRETS)[200].astype("<f4").tobytes()
+"""One of team A's, as bytes."""
 
 
 @dataclass
@@ -229,6 +232,8 @@ def test_another_teams_worker_is_seen_by_nobody_who_does_not_see_its_claims(data
     assert tokens == [(20, True)]
 
 
+BYTES = "public.embstore_bytes(embedding)"
+
 # A condition with `{}`, what team A has, and what nobody has: letter by letter, too.
 GUESSES = (
     ("embstore.item", "path = '{}'", "angela/250.wav", "nobody/250.wav"),
@@ -254,6 +259,8 @@ GUESSES = (
     ("embstore.centroid", "speaker = ANY ('{{{}}}')", "s250", "x250"),
     ("embstore.speaker_change", "starts_with(speaker, '{}')", "s25", "x25"),
     ("embstore.lease", "worker = '{}'", "angela:1", "nobody:1"),
+    ("embstore.embedding_1", f"{BYTES} = '\\x{{}}'", VECTOR.hex(), VECTOR[::-1].hex()),
+    ("embstore.embedding_1", f"{BYTES} BETWEEN '\\x{{0}}' AND '\\x{{0}}ff'", VECTOR.hex(), VECTOR[::-1].hex()),
 )
 MORE = (
     "UPDATE embstore.extraction SET status = 'failed', error_code = 'no_speech' WHERE item_id BETWEEN 100 AND 120",

@@ -190,6 +190,27 @@ def test_many_vectors_come_to_their_places_from_wherever_they_lie(database: Data
     assert bits(found) == bits(matrix[expected])
 
 
+@pytest.mark.parametrize("function", ["internal AS 'byteasend'", "", "internal AS 'bytearecv'", "sql RETURN ''::bytea"])
+def test_vectors_are_the_same_with_the_function_for_bytes_without_it_and_with_a_false_one(
+    database: Database, function: str
+) -> None:
+    matrix = vectors_of(40, 7)
+    with database.begin() as connection:
+        queue = fill(connection, 40, model=Facts(dim=7))
+        keys = write(connection, queue, matrix)
+        name = "FUNCTION public.embstore_bytes(vector)"
+        connection.exec_driver_sql(f"ALTER EXTENSION vector DROP {name}; DROP {name}")
+        if function:
+            connection.exec_driver_sql(f"CREATE {name} RETURNS bytea LANGUAGE {function}")
+    database.close()
+    with database.reading() as connection:
+        ids, found = vectors.of_dataset(connection, queue.scope["dataset_id"], queue.scope["model_id"], 7)
+        last = vectors.of_each(connection, queue.scope["dataset_id"], queue.scope["model_id"], 7, np.array([keys[-1]]))
+    assert ids.tolist() == keys
+    assert bits(found) == bits(matrix)
+    assert bits(last) == bits(matrix[-1:])
+
+
 def test_a_dataset_without_items_and_one_without_vectors_are_empty(database: Database) -> None:
     with database.begin() as connection:
         queue = fill(connection, 5)

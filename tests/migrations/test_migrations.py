@@ -63,6 +63,17 @@ def test_up_down_and_up_again(bare: Database) -> None:
     assert state(bare).problem is None
 
 
+def test_a_superuser_makes_the_function_for_bytes_which_goes_with_the_extension(bare: Database) -> None:
+    for _ in range(2):
+        migrate.upgrade(bare)
+        with bare.begin() as connection:
+            found = connection.exec_driver_sql("SELECT public.embstore_bytes('[1,-2]')").scalar_one()
+            assert bytes(found) == np.array([2, 0], "<i2").tobytes() + np.array([1, -2], "<f4").tobytes()
+    with bare.begin() as connection:
+        connection.exec_driver_sql("DROP EXTENSION vector CASCADE")
+        assert connection.exec_driver_sql("SELECT count(*) FROM pg_proc WHERE proname = 'embstore_bytes'").scalar() == 0
+
+
 def test_up_twice_changes_nothing(database: Database) -> None:
     with database.begin() as connection:
         before = objects(connection)
