@@ -35,12 +35,12 @@ from embstore.errors import EmbstoreError, LeaseLost, WorkerError
 
 DEATHS_IN_A_ROW = 5
 """How often a worker's place is filled again while nothing gets done in between."""
-ORPHAN_SECONDS = 5.0
+ORPHAN_SECONDS = float(os.environ.get("EMBSTORE_TEST_ORPHAN_SECONDS", 5))
 """How long a worker whose parent died may take to write what it has and to release the rest."""
 _TICK = 0.2
 _TERMINATED = 128 + signal.SIGTERM
 _STOPPERS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
-ONE_WISH = 0.1
+ONE_WISH = float(os.environ.get("EMBSTORE_TEST_WISH_SECONDS", 0.1))
 """Seconds. `timeout` signals the command and then its whole group, the command again: that is no second Ctrl+C."""
 
 
@@ -128,6 +128,8 @@ class _Worker:
     failure: _Failure | None = None
     spoke: bool = False
     """Before its first message a worker is still loading, and has nothing to lose."""
+    killed: bool = False
+    """By this crew, as it had not spoken."""
 
 
 class Crew:
@@ -230,7 +232,7 @@ class Crew:
         failure = worker.failure
         if failure is None and worker.process.exitcode == 0:
             return
-        self._on_death(worker.index)
+        (self._on_kill if worker.killed else self._on_death)(worker.index)
         if failure is not None and not isinstance(failure.error, LeaseLost):
             self._give_up(failure)
         elif not self._stopping:
@@ -260,7 +262,9 @@ class Crew:
     def _stop(self) -> None:
         self._stopping = True
         for worker in self._workers.values():
+            self._receive(worker)  # it may have spoken a while ago, if this process was held up
             if not worker.spoke:
+                worker.killed = True
                 worker.process.kill()
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 worker.pipe.send("stop")

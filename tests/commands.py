@@ -63,12 +63,12 @@ class Command:
     @property
     def out(self) -> str:
         """What it has printed so far."""
-        return self._out.read_text()
+        return self._out.read_text(errors="replace")  # the last character may be half written
 
     @property
     def err(self) -> str:
         """What it has said beside that so far."""
-        return self._err.read_text()
+        return self._err.read_text(errors="replace")
 
     def wait(self, seconds: float = PATIENCE) -> int:
         """Wait until it ends; its exit code. A traceback is never right."""
@@ -221,6 +221,15 @@ class Watcher:
         """Wait until more extractions than that have been claimed, if they are not finished by now."""
         wait_until(lambda: sum(self.statuses().values()) - self.count("pending") > beyond, "a claim")
 
+    def let_leases_run_out(self, *workers: psutil.Process) -> None:
+        """Have the time pass for which workers that are dead hold what they had: these, or all."""
+        pids = [worker.pid for worker in workers]
+        sql = "UPDATE embstore.lease SET expires_at = clock_timestamp()"
+        if pids:
+            self.rows(f"{sql} WHERE split_part(worker, ':', 2)::int = ANY (%s)", pids)
+        else:
+            self.rows(sql)
+
     def hold_back(self, number: int, table: str = "embstore.extraction", key: str = "item_id") -> None:
         """Let nobody claim the last so many rows of each dataset: until `let_go`, no run comes to its end.
 
@@ -232,6 +241,51 @@ class Watcher:
     def let_go(self, table: str = "embstore.extraction", key: str = "item_id") -> None:
         """Have everything claimed that was held back."""
         self.rows(_HOLD_BACK.format(number=0, table=table, key=key))
+
+
+class Gate:
+    """A gate before the device of model `probe`: whoever comes to it while it is closed stays there, rows in hand.
+
+    For runs that are started with PROBE_GATE=gate.path. Each is closed once, and opened once.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def close(self) -> None:
+        """Let nothing be embedded any more."""
+        self.path.touch()
+
+    def open(self) -> None:
+        """Let all go on."""
+        self.path.unlink()
+
+    def wait_for(self, run: Command) -> int:
+        """Wait until a worker of a run stands before it, as it will until the gate is opened; its process."""
+        found: list[int] = []
+
+        def look() -> bool:
+            waiting = {int(path.name.rpartition("-")[2]) for path in self.path.parent.glob(f"{self.path.name}-*")}
+            found[:] = [worker.pid for worker in run.workers() if worker.pid in waiting]
+            return bool(found)
+
+        wait_until(look, "a worker at the gate")
+        return found[0]
+
+
+def run_in_the_middle(
+    begin: Callable[[], Command], watcher: Watcher, gate: Gate, *, done: int, items: int
+) -> tuple[Command, int]:
+    """A run that has so many items done, one of its workers with rows in hand at the closed gate, and one row pending.
+
+    Returns the run and that worker's process. `watcher.let_go` lets the run come to its end, once the gate is open.
+    """
+    watcher.hold_back(items - done - 20)
+    run = begin()
+    watcher.wait_for_done(done)
+    gate.close()
+    watcher.hold_back(1)
+    return run, gate.wait_for(run)
 
 
 def write_tones(folder: Path, count: int, *, speakers: int = 10, first: int = 0) -> list[Path]:

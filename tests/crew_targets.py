@@ -66,6 +66,16 @@ def drain(channel: Channel, what: str) -> None:
         time.sleep(0.1)
 
 
+def speak_when_asked(channel: Channel, folder: Path) -> None:
+    """Say something as soon as there is a file `ask`, and then leave one `spoken`; drain when told to stop."""
+    while not (folder / "ask").exists():
+        time.sleep(0.01)
+    channel.send("up")
+    (folder / "spoken").touch()
+    channel.stopping.wait()
+    channel.send("draining")
+
+
 def one_fails(channel: Channel, index: int) -> None:
     """Worker 0 fails when the other has come up; that one drains."""
     if index:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +29,7 @@ from embstore.register import Registered, enqueue, register
 from embstore.sources import Entry
 
 T = TypeVar("T")
+_ports = itertools.count(os.getpid())
 
 
 @dataclass(frozen=True)
@@ -129,14 +133,30 @@ def ask(database: Database, sql: str, **values: Any) -> list[tuple[Any, ...]]:
         return [tuple(row) for row in connection.execute(text(sql), values)]
 
 
+def free_port() -> int:
+    """A port of the loopback that nothing listens on, and that neither another test nor a connection is given."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    while True:  # below those that the kernel gives away by itself
+        port = 20_000 + (worker * 500) % 12_000 + next(_ports) % 500
+        with socket.socket() as tried, suppress(OSError):
+            tried.bind(("127.0.0.1", port))
+            return port
+
+
 def at_once(*works: Callable[[], T]) -> list[T]:
     """Run functions in threads of their own, all at the same time; their results in order."""
     with ThreadPoolExecutor(len(works)) as threads:
         return [future.result() for future in [threads.submit(work) for work in works]]
 
 
+# Not of autovacuum, which comes and goes as it likes.
+_BLOCKED = """
+SELECT count(*) FROM pg_stat_activity
+WHERE datname = current_database() AND wait_event_type = 'Lock' AND backend_type = 'client backend'
+"""
+
+
 def wait_until_blocked(database: Database) -> None:
     """Come back when some session of this database waits for a lock of another one."""
-    sql = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
-    while ask(database, sql) == [(0,)]:
+    while ask(database, _BLOCKED) == [(0,)]:
         time.sleep(0.01)

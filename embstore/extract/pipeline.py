@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import queue
 import threading
 from collections.abc import Sequence
@@ -32,7 +33,7 @@ from embstore.supervise import Committed, Leased
 from embstore.waits import Cause, Stopwatch
 from embstore.workers import Channel
 
-_DOUBT_SECONDS = 1.0
+_DOUBT_SECONDS = float(os.environ.get("EMBSTORE_TEST_DOUBT_SECONDS", 1))
 """How long a model that has failed from the start is given other items to prove itself on."""
 
 

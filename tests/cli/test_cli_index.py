@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import pytest
 from click.testing import Result
-from commands import Watcher, wait_until
+from commands import PATIENCE, Watcher, wait_until
 
 from embstore.db.engine import Database
 from embstore.settings import Settings
@@ -89,7 +89,7 @@ def test_ctrl_c_ends_the_build_on_the_server_and_clears_away(
         wait_until(lambda: watcher.rows(building) == [(0,)], "its end on the server")
         connection.rollback()
     other.close()
-    _, errors = program.communicate(timeout=60)
+    _, errors = program.communicate(timeout=PATIENCE)
     assert program.returncode == 130
     assert errors.strip() == "interrupted"
     assert watcher.rows("SELECT count(*) FROM pg_class WHERE relname LIKE 'embedding_1_hnsw%%'") == [(0,)]

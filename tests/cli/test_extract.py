@@ -12,11 +12,12 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import Command, Start, Watcher, write_tone, write_tones
+from commands import PATIENCE, Command, Gate, Start, Watcher, run_in_the_middle, write_tone, write_tones
 
 from embstore.db import embedded
 
@@ -153,11 +154,16 @@ def test_the_summary_says_what_held_it_up(
     start: Start, sound: Path, slow: dict[str, float], bottleneck: str, flag: str
 ) -> None:
     words = ("extract", "sound", "--model", "probe", "--tune", "decoders=1", "--tune", "threads=1", "--json")
-    run = start(*words, **slow)
-    assert run.wait() == 0, run.err
-    speed = json.loads(run.out)[0]["speed"]
+    for name in "abcdefgh":  # a machine that stalls may hold it up elsewhere, but not each time
+        run = start(*words, "--dataset", name, **slow)
+        assert run.wait() == 0, run.err
+        speed = json.loads(run.out)[0]["speed"]
+        waited = speed["workers"][0]["waited"]
+        assert sum(waited.values()) == pytest.approx(1, abs=0.001)
+        assert waited[speed["bottleneck"]] == max(waited.values())
+        if speed["bottleneck"] == bottleneck:
+            break
     assert speed["bottleneck"] == bottleneck
-    assert sum(speed["workers"][0]["waited"].values()) == pytest.approx(1, abs=0.001)
     assert speed["advice"] in run.err
     assert "  worker 0 on cpu waited" in run.err
     # A machine with one core has no other to offer.
@@ -168,11 +174,13 @@ def test_without_a_path_it_goes_on_with_what_is_pending(start: Start, sound: Pat
     nothing = start("extract")
     assert nothing.wait() == 0
     assert nothing.out.startswith("nothing is pending")
+    watcher.hold_back(1)
     first = start("extract", "sound", "--model", "probe", PROBE_SLEEP=0.2, PROBE_BATCH=1)
     watcher.wait_for_done(2)
     first.press_ctrl_c()
     assert first.wait() == 130
     assert watcher.count("pending") > 0
+    watcher.let_go()
     assert start("extract").wait() == 0
     assert watcher.statuses() == {"done": 20}
 
@@ -242,7 +250,7 @@ def test_a_database_that_is_not_there_is_one_line_without_its_password(start: St
 
 def test_debug_shows_where_an_error_came_from(start: Start, tmp_path: Path) -> None:
     run = start("extract", "nowhere", "--debug")
-    assert run.process.wait(60) == 2
+    assert run.process.wait(PATIENCE) == 2
     assert "Traceback" in run.err
 
 
@@ -348,20 +356,22 @@ def test_a_full_disk_under_the_database_is_said_and_nothing_is_lost(
     write_tone(tmp_path / "one.wav", 1)
     stretches = "".join(f"one.wav,{number / 50_000}\n" for number in range(3000))
     (tmp_path / "many.csv").write_text("path,start\n" + stretches)
-    run = start("extract", "many.csv", "--model", "probe", "--workers", "2", PROBE_SLEEP=0.005)
-    watcher.wait_for_done(20)
     ballast = small_disk / "ballast"
+    words = ["extract", "many.csv", "--model", "probe", "--workers", "2"]
     for attempt in range(4):  # more often than an item may kill its worker
+        gate = Gate(tmp_path / f"gate{attempt}")
+        begin = partial(start, *words, PROBE_SLEEP=0.005, PROBE_GATE=gate.path)
+        run, _ = run_in_the_middle(begin, watcher, gate, done=watcher.count("done") + 1, items=3000)
         fill(ballast)
+        gate.open()
         assert run.wait() == 3, run.err
         (line,) = run.err.splitlines()
         assert line.startswith("error: the disk of the database is full (")
         ballast.unlink()  # to look, one needs a session, which may need a little room
         assert set(watcher.statuses()) <= {"done", "pending", "running"}
-        if attempt < 3:
-            done = watcher.count("done")
-            run = start("extract", "--workers", "2", PROBE_SLEEP=0.005)
-            watcher.wait_for_done(done + 1)
+        watcher.let_leases_run_out()
+        words = ["extract", "--workers", "2"]
+    watcher.let_go()
     assert start("extract", "--workers", "2").wait() == 0
     assert watcher.statuses() == {"done": 3000}
     assert watcher.rows("SELECT count(*) FROM embstore.embedding") == [(3000,)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ import psycopg2
 import pytest
 from click.testing import Result
 from commands import Command, Start, wait_until, write_tones
+from helpers import free_port
 from people import People
 from sqlalchemy import make_url
 
@@ -49,9 +49,7 @@ def ann(people: People) -> str:
 @pytest.fixture
 def through(database_url: str, ann: str) -> Iterator[Through]:
     """The address by which a login comes to the test's database through PgBouncer, which has two sessions for each."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port = taken.getsockname()[1]
+    port = free_port()
     url = make_url(database_url)
     folder = Path(tempfile.mkdtemp(prefix="embstore-tests-"))
     folder.chmod(0o755)

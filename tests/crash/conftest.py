@@ -7,8 +7,8 @@ from pathlib import Path
 
 import psycopg2
 import pytest
-from audit import ITEMS, LEASE_SECONDS, Vectors, read_vectors
-from commands import Command, Start, Watcher, install_probe, write_tones
+from audit import ITEMS, Vectors, read_vectors
+from commands import PATIENCE, Command, Gate, Start, Watcher, install_probe, write_tones
 from helpers import own_home
 from sqlalchemy import make_url
 
@@ -72,12 +72,18 @@ def start(database_url: str, tmp_path: Path, probe: Path, runs: list[Command]) -
 
     def start(*words: str, terminal: bool = False, **env: object) -> Command:
         given = {name: str(value) for name, value in env.items()}
-        own = {"DATABASE_URL": database_url, "PYTHONPATH": str(probe), "EMBSTORE_TEST_LEASE_SECONDS": LEASE_SECONDS}
+        own = {"DATABASE_URL": database_url, "PYTHONPATH": str(probe), "EMBSTORE_TEST_LEASE_SECONDS": 2 * PATIENCE}
         run = Command(words, tmp_path, {name: str(value) for name, value in (own | given).items()}, terminal=terminal)
         runs.append(run)
         return run
 
     return start
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Gate:
+    """A gate before the device, which is open."""
+    return Gate(tmp_path / "gate")
 
 
 @pytest.fixture

@@ -40,6 +40,7 @@ def test_a_run_whose_connections_are_cut_again_and_again(
     with proxy(database_url, some(0.4 if message is is_copy_data else 0.15, message), when=when) as between:
         run_until_done(start, *words, DATABASE_URL=between.address, PROBE_SLEEP=0.03)
         assert between.cuts > 1
+    watcher.let_leases_run_out()  # those of which no worker knows, as the answer was lost
     assert audit(watcher, runs, expected=undisturbed) == {"done": ITEMS}
     attempts = dict(watcher.rows("SELECT attempts, count(*) FROM embstore.extraction GROUP BY 1"))
     assert max(attempts) <= 2, attempts

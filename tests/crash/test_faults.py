@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from audit import ITEMS, LEASE_SECONDS, Vectors, audit
+from audit import ITEMS, SHORT_LEASE, Vectors, audit
 from commands import Command, Start, Watcher, wait_until
 
 from embstore.workers import ONE_WISH
@@ -38,7 +38,7 @@ Runs = list[Command]
 def begin(start: Start, tones: Path, tmp_path: Path) -> Start:
     """Start the main job on `tones` with a fault armed: at the second time that any worker comes to its point."""
 
-    def begin(point: str, action: str, *, number: int = 2, log: bool = False) -> Command:
+    def begin(point: str, action: str, *, number: int = 2, log: bool = False, **env: object) -> Command:
         counts = tmp_path / "faults"
         counts.mkdir(exist_ok=True)
         return start(
@@ -46,6 +46,7 @@ def begin(start: Start, tones: Path, tmp_path: Path) -> Start:
             PROBE_SLEEP=0.005,
             EMBSTORE_TEST_FAULTS=f"{point}:{action}:{number}",
             EMBSTORE_TEST_FAULTS_FOLDER=counts,
+            **env,
         )
 
     return begin
@@ -62,7 +63,7 @@ def test_a_worker_that_dies_is_replaced(
     run = begin(point, action)
     assert run.wait() == 0, run.err
     assert reached(tmp_path, point)
-    assert audit(watcher, runs, expected=undisturbed, orphans=LEASE_SECONDS) == {"done": ITEMS}
+    assert audit(watcher, runs, expected=undisturbed) == {"done": ITEMS}
     assert max(watcher.rows("SELECT max(attempts) FROM embstore.extraction")[0]) <= 2
 
 
@@ -70,7 +71,7 @@ def test_a_worker_that_dies_is_replaced(
 def test_a_worker_that_stops_past_its_lease_and_wakes_up_writes_nothing_over(
     point: str, begin: Start, watcher: Watcher, undisturbed: Vectors, runs: Runs, tmp_path: Path
 ) -> None:
-    run = begin(point, "stop")
+    run = begin(point, "stop", **SHORT_LEASE)
     sleeper = stopped_worker(run)
     lease = token(watcher, sleeper)
     alive = "SELECT count(*) FROM embstore.lease WHERE token = %s AND expires_at > now()"
@@ -93,7 +94,7 @@ def test_the_command_is_told_to_stop_while_a_worker_hangs(
     time.sleep(2 * ONE_WISH)
     run.process.terminate()
     assert run.wait() in (130, -signal.SIGTERM)  # the latter if it was just about to end by itself
-    assert audit(watcher, runs, expected=undisturbed, orphans=LEASE_SECONDS).get("running") is None
+    assert audit(watcher, runs, expected=undisturbed).get("running") is None
     again = begin(point, "hang", number=10**6)
     assert again.wait() == 0, again.err
     assert audit(watcher, runs, expected=undisturbed) == {"done": ITEMS}
@@ -119,12 +120,16 @@ def small_memory() -> Iterator[Path]:
 def test_the_kernel_kills_a_worker_for_its_memory(
     begin: Start, watcher: Watcher, undisturbed: Vectors, runs: Runs, tmp_path: Path, small_memory: Path
 ) -> None:
+    watcher.hold_back(ITEMS)  # nothing is worked on before all of its processes are in the group
     run = begin("model", "memory")
-    (small_memory / "cgroup.procs").write_text(str(run.pid))
+    wait_until(lambda: len(run.workers()) == 2, "both workers")
+    for process in run.members():
+        (small_memory / "cgroup.procs").write_text(str(process.pid))
+    watcher.let_go()
     assert run.wait() == 0, run.err
     assert reached(tmp_path, "model")
     assert "oom_kill 1" in (small_memory / "memory.oom_control").read_text()
-    assert audit(watcher, runs, expected=undisturbed, orphans=LEASE_SECONDS) == {"done": ITEMS}
+    assert audit(watcher, runs, expected=undisturbed) == {"done": ITEMS}
 
 
 def test_the_log_tells_what_happened(begin: Start, watcher: Watcher, runs: Runs) -> None:

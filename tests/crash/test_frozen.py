@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 import psycopg2
 import pytest
-from audit import ITEMS, LEASE_SECONDS, Vectors, audit
+from audit import ITEMS, SHORT_LEASE, Vectors, audit
 from commands import Command, Start, Watcher, wait_until
 from proxy import proxy
 from sqlalchemy import make_url
@@ -31,7 +31,7 @@ def freeze(start: Start, tmp_path: Path) -> Freeze:
         counts = tmp_path / "faults"
         counts.mkdir()
         faults = {"EMBSTORE_TEST_FAULTS": f"{point}:stop:1", "EMBSTORE_TEST_FAULTS_FOLDER": counts}
-        run = start(*words, EMBSTORE_TEST_IDLE_SECONDS=LEASE_SECONDS, **faults, **env)
+        run = start(*words, EMBSTORE_TEST_IDLE_SECONDS=3, **SHORT_LEASE, **faults, **env)
         wait_until(lambda: stopped(run), f"a process to stop at {point}")
         return run
 
@@ -65,6 +65,7 @@ def test_a_worker_stalls_in_the_middle_of_a_copy_with_its_rows_locked(
             *("extract", str(tones), "--model", "probe", "--workers", "2"),
             DATABASE_URL=between.address,
             PROBE_SLEEP=0.03,
+            **SHORT_LEASE,
         )
         assert run.wait() == 0, run.err
         assert between.cuts == 1
@@ -185,7 +186,7 @@ def test_who_waits_for_another_run_is_told_and_can_leave_or_stay(
         for run in (leaving, staying):
             wait_until(lambda run=run: words in run.err, "the word that it waits")  # type: ignore[misc]
         leaving.press_ctrl_c()
-        assert leaving.wait(10) == 130
+        assert leaving.wait() == 130
     finally:
         other.close()
     assert staying.wait() == 0, staying.err

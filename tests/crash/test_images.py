@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from audit import LEASE_SECONDS, audit
-from commands import Command, Start, Watcher
+from audit import audit
+from commands import PATIENCE, Command, Start, Watcher
 from pictures import write_pictures
 
 COUNT = 400
@@ -43,15 +43,20 @@ def test_killed_and_continued(
 ) -> None:
     folder, refused = photos
     words = ("extract", str(folder), "--media", "image", "--workers", str(workers))
+    watcher.hold_back(COUNT // 2)
     first = start(*words)
     watcher.wait_for_done(1)
     first.kill_group()
     first.process.wait()
+    watcher.let_leases_run_out()
+    watcher.hold_back(1)
+    done = watcher.count("done")
     second = start(*words)
-    watcher.wait_for_claims()
-    if second.workers():
-        second.workers()[-1].kill()
+    watcher.wait_for_done(done + 1)
+    second.workers()[-1].kill()
+    watcher.let_go()
     assert second.wait() == 1
+    watcher.let_leases_run_out()  # had it been killed before it could tell the number of its own
     check(watcher, runs, alone, refused)
 
 
@@ -60,10 +65,13 @@ def test_timeout_in_a_loop_ends_with_everything_embedded(
 ) -> None:
     folder, refused = photos
     words = (sys.executable, "-m", "embstore", "extract", str(folder), "--media", "image", "--tune", "decoders=1")
+    watcher.hold_back(1)
     seconds, codes = 1.0, [124]
     while codes[-1] == 124:
-        codes.append(start("timeout", f"{seconds}s", *words).wait())
-        audit(watcher, runs, orphans=LEASE_SECONDS)
+        codes.append(start("timeout", f"{seconds}s", *words, EMBSTORE_TEST_WISH_SECONDS=PATIENCE).wait())
+        watcher.let_leases_run_out()  # of those that were killed while they were loading
+        watcher.let_go()
+        audit(watcher, runs)
         assert watcher.refused().items() <= refused.items()
         seconds += 0.5  # a busy machine may take that long to begin
     assert codes[-1] == 1  # some pictures are broken

@@ -2,33 +2,46 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
-from audit import ITEMS, LEASE_SECONDS, Vectors, audit, read_vectors
-from commands import Command, Start, Watcher, wait_until, write_tone, write_tones
+from audit import ITEMS, SHORT_LEASE, Vectors, audit, read_vectors
+from commands import (
+    PATIENCE,
+    Command,
+    Gate,
+    Start,
+    Watcher,
+    run_in_the_middle,
+    wait_until,
+    write_tone,
+    write_tones,
+)
 
-from embstore.workers import ONE_WISH, ORPHAN_SECONDS
+from embstore.workers import ONE_WISH
 
 INTERRUPTED = 130
-AT_ONCE = 10.0
-"""Far less than the items in hand would take: whoever ends within it did not wait for them."""
+FOR_EVER = 10 * PATIENCE
+"""Seconds that an item takes which nobody is to wait for: whoever ends within PATIENCE did not."""
 
 Runs = list[Command]
 
 
 @pytest.fixture
-def begin(start: Start, tones: Path) -> Start:
-    """Start the main job on `tones`: about six seconds of work for two workers."""
+def begin(start: Start, tones: Path, gate: Gate) -> Start:
+    """Start the main job on `tones`, with a gate before the device: about six seconds of work for two workers."""
 
     def begin(**env: object) -> Command:
-        return start("extract", str(tones), "--model", "probe", "--workers", "2", **{"PROBE_SLEEP": 0.05, **env})
+        own = {"PROBE_SLEEP": 0.05, "PROBE_GATE": gate.path}
+        return start("extract", str(tones), "--model", "probe", "--workers", "2", **own, **env)
 
     return begin
 
@@ -36,26 +49,31 @@ def begin(start: Start, tones: Path) -> Start:
 def test_ctrl_c_at_several_moments_and_going_on(
     begin: Start, watcher: Watcher, undisturbed: Vectors, runs: Runs
 ) -> None:
-    for more in (0, 1, 20, 40):
+    for more, held_back in ((0, 180), (1, 120), (20, 60), (40, 1)):
+        before = watcher.count("done")
+        watcher.hold_back(held_back)
         run = begin()
-        watcher.wait_for_claims()
-        done = watcher.count("done") + more
-        watcher.wait_for_done(done)
+        watcher.wait_for_claims(before)
+        watcher.wait_for_done(done := before + more)
         run.press_ctrl_c()
         assert run.wait() == INTERRUPTED
         assert "interrupted; nothing that was finished is lost" in run.out
         statuses = audit(watcher, runs, expected=undisturbed)
-        assert done <= statuses["done"] < ITEMS
+        assert done <= statuses.get("done", 0) <= ITEMS - held_back
+    watcher.let_go()
     assert begin().wait() == 0
     assert audit(watcher, runs, expected=undisturbed) == {"done": ITEMS}
 
 
 def test_ctrl_c_while_workers_are_starting(begin: Start, watcher: Watcher, undisturbed: Vectors, runs: Runs) -> None:
+    watcher.hold_back(1)
     run = begin()
     wait_until(run.workers, "the first worker")
     run.press_ctrl_c()
     assert run.wait() == INTERRUPTED
-    assert audit(watcher, runs, orphans=LEASE_SECONDS).get("running") is None
+    watcher.let_leases_run_out()
+    assert audit(watcher, runs).get("running") is None
+    watcher.let_go()
     assert begin().wait() == 0
     assert audit(watcher, runs, expected=undisturbed) == {"done": ITEMS}
 
@@ -64,6 +82,7 @@ def test_what_is_on_the_device_is_finished_after_one_sigterm(
     begin: Start, watcher: Watcher, undisturbed: Vectors, runs: Runs, tmp_path: Path
 ) -> None:
     log = tmp_path / "log"
+    watcher.hold_back(1)
     run = begin(PROBE_LOG=log)
     watcher.wait_for_done(40)
     run.process.terminate()
@@ -78,6 +97,7 @@ def test_a_closed_terminal_is_as_good_as_ctrl_c(
 ) -> None:
     log = tmp_path / "log"
     words = ("extract", str(tones), "--model", "probe", "--workers", "2")
+    watcher.hold_back(1)
     run = start(*words, terminal=True, PROBE_SLEEP=0.05, PROBE_LOG=log)
     watcher.wait_for_done(20)
     run.close_terminal()
@@ -91,9 +111,11 @@ def test_nohup_goes_on_behind_a_closed_terminal(
     start: Start, tones: Path, watcher: Watcher, undisturbed: Vectors, runs: Runs
 ) -> None:
     words = (sys.executable, "-m", "embstore", "extract", str(tones), "--model", "probe")
+    watcher.hold_back(1)
     run = start("nohup", *words, terminal=True, PROBE_SLEEP=0.01)
     watcher.wait_for_done(20)
     run.close_terminal()
+    watcher.let_go()
     assert run.wait() == 0
     assert audit(watcher, runs, expected=undisturbed) == {"done": ITEMS}
 
@@ -104,14 +126,14 @@ def test_the_second_signal_does_not_wait_for_the_device(
 ) -> None:
     write_tones(tmp_path / "sound", 20)
     write_tone(tmp_path / "sound" / "zz-slow.wav", 99)
-    run = start("extract", "sound", "--model", "probe", "--workers", "2", PROBE_SLOW=1000)
+    run = start("extract", "sound", "--model", "probe", "--workers", "2", PROBE_SLOW=FOR_EVER)
     watcher.wait_for_done(8)
     run.process.send_signal(number)
     wait_until(lambda: "again leaves at once" in run.err, "the word that it stops")
     assert run.process.poll() is None
     time.sleep(2 * ONE_WISH)
     run.process.send_signal(number)
-    assert run.wait(AT_ONCE) == INTERRUPTED
+    assert run.wait() == INTERRUPTED
     statuses = audit(watcher, runs)
     assert statuses["pending"] >= 1
     assert set(watcher.rows("SELECT attempts FROM embstore.extraction WHERE status = 'pending'")) == {(0,)}
@@ -121,13 +143,16 @@ def test_timeout_in_a_loop_gets_there(
     start: Start, tones: Path, watcher: Watcher, undisturbed: Vectors, runs: Runs, tmp_path: Path
 ) -> None:
     words = (sys.executable, "-m", "embstore", "extract", str(tones), "--model", "probe")
+    # However long `timeout` itself is held up between its two signals.
+    env = {"PROBE_SLEEP": 0.03, "EMBSTORE_TEST_WISH_SECONDS": PATIENCE}
     seconds, codes, done = 3, [124], [0]
     while codes[-1] == 124:
         embedded = tmp_path / f"log-{len(codes)}"
         embedded.touch()
-        run = start("timeout", f"{seconds}s", *words, PROBE_SLEEP=0.03, PROBE_LOG=embedded)
+        run = start("timeout", f"{seconds}s", *words, PROBE_LOG=embedded, **env)
         codes.append(run.wait())
-        done.append(audit(watcher, runs, expected=undisturbed, orphans=LEASE_SECONDS).get("done", 0))
+        watcher.let_leases_run_out()  # of those that were killed while they were loading
+        done.append(audit(watcher, runs, expected=undisturbed).get("done", 0))
         # It drains, although `timeout` signals twice: the command, and then its whole group.
         assert done[-1] - done[-2] == len(embedded.read_text().splitlines())
         seconds += done[-1] == done[-2]  # a busy machine may take that long to begin
@@ -138,12 +163,12 @@ def test_timeout_in_a_loop_gets_there(
 
 @pytest.mark.parametrize("done", [0, 100])
 def test_a_killed_worker_is_replaced_and_the_run_finishes(
-    done: int, begin: Start, watcher: Watcher, undisturbed: Vectors, runs: Runs
+    done: int, begin: Start, watcher: Watcher, undisturbed: Vectors, runs: Runs, gate: Gate
 ) -> None:
-    run = begin()
-    watcher.wait_for_done(done)
-    watcher.wait_for_claims()
-    run.workers()[0].kill()
+    run, worker = run_in_the_middle(begin, watcher, gate, done=done, items=ITEMS)
+    os.kill(worker, signal.SIGKILL)
+    gate.open()
+    watcher.let_go()
     assert run.wait() == 0
     assert f"{ITEMS} done + 0 failed + 0 skipped + 0 running + 0 pending = {ITEMS} utterances" in run.out
     assert audit(watcher, runs, expected=undisturbed) == {"done": ITEMS}
@@ -152,24 +177,27 @@ def test_a_killed_worker_is_replaced_and_the_run_finishes(
 def test_a_worker_that_somebody_terminates_is_replaced_too(
     start: Start, tones: Path, watcher: Watcher, undisturbed: Vectors, runs: Runs
 ) -> None:
+    watcher.hold_back(1)
     run = start("extract", str(tones), "--model", "probe", "--workers", "1", PROBE_SLEEP=0.01)
     watcher.wait_for_done(20)
     run.workers()[0].terminate()
+    watcher.let_go()
     assert run.wait() == 0
     assert audit(watcher, runs, expected=undisturbed) == {"done": ITEMS}
 
 
 @pytest.mark.parametrize("done", [0, 100])
 def test_workers_of_a_killed_parent_write_what_they_have_and_leave(
-    done: int, begin: Start, watcher: Watcher, undisturbed: Vectors, runs: Runs
+    done: int, begin: Start, watcher: Watcher, undisturbed: Vectors, runs: Runs, gate: Gate
 ) -> None:
-    run = begin()
-    watcher.wait_for_done(done)
-    watcher.wait_for_claims()
+    patient = partial(begin, EMBSTORE_TEST_ORPHAN_SECONDS=PATIENCE)
+    run, _ = run_in_the_middle(patient, watcher, gate, done=done, items=ITEMS)
     run.process.kill()
+    gate.open()
     assert run.wait() == -signal.SIGKILL
-    statuses = audit(watcher, runs, expected=undisturbed, orphans=ORPHAN_SECONDS + 2)
-    assert done <= statuses["done"] < ITEMS
+    statuses = audit(watcher, runs, expected=undisturbed)
+    assert done < statuses["done"] < ITEMS
+    watcher.let_go()
     assert begin().wait() == 0
     assert audit(watcher, runs, expected=undisturbed) == {"done": ITEMS}
 
@@ -179,48 +207,37 @@ def test_workers_of_a_killed_parent_do_not_wait_for_a_slow_device(
 ) -> None:
     write_tones(tmp_path / "sound", 5)
     write_tone(tmp_path / "sound" / "zz-slow.wav", 99)
-    run = start("extract", "sound", "--model", "probe", PROBE_SLOW=1000, PROBE_BATCH=1)
+    run = start("extract", "sound", "--model", "probe", PROBE_SLOW=FOR_EVER, PROBE_BATCH=1, **SHORT_LEASE)
     watcher.wait_for_done(4)  # of two decoders, one may bring the slow file before the last of the others
     run.process.kill()
-    wait_until(lambda: not run.members(), "the worker to leave", ORPHAN_SECONDS + 2)
+    wait_until(lambda: not run.members(), "the worker to leave")
     assert start("extract", PROBE_SLOW=0).wait() == 0
     assert audit(watcher, runs) == {"done": 6}
 
 
 @pytest.mark.parametrize("done", [0, 100])
 def test_a_run_goes_on_after_everything_was_killed_at_once(
-    done: int, begin: Start, watcher: Watcher, undisturbed: Vectors, runs: Runs
+    done: int, begin: Start, watcher: Watcher, undisturbed: Vectors, runs: Runs, gate: Gate
 ) -> None:
-    run = begin()
-    watcher.wait_for_done(done)
-    watcher.wait_for_claims()
+    run, _ = run_in_the_middle(partial(begin, **SHORT_LEASE), watcher, gate, done=done, items=ITEMS)
     run.kill_group()
     assert run.wait() == -signal.SIGKILL
     assert watcher.count("running") > 0
+    gate.open()
+    watcher.let_go()
     again = begin()
     assert again.wait() == 0, again.err
     assert audit(watcher, runs, expected=undisturbed) == {"done": ITEMS}
 
 
-def put_to_sleep(worker: psutil.Process, watcher: Watcher) -> bool:
-    """Stop a worker; False, and it goes on, if it has nothing in hand just then."""
-    worker.suspend()
-    in_hand = (
-        "SELECT count(*) FROM embstore.extraction JOIN embstore.lease ON token = claim_token"
-        " WHERE status = 'running' AND worker LIKE %s"
-    )
-    if watcher.rows(in_hand, f"%:{worker.pid}") > [(0,)]:
-        return True
-    worker.resume()
-    return False
-
-
 def test_what_a_sleeper_writes_after_its_lease_is_refused(
-    begin: Start, watcher: Watcher, undisturbed: Vectors, runs: Runs
+    begin: Start, watcher: Watcher, undisturbed: Vectors, runs: Runs, gate: Gate
 ) -> None:
-    first = begin()
-    watcher.wait_for_done(40)
-    sleeper = next(worker for _ in range(1000) for worker in first.workers() if put_to_sleep(worker, watcher))
+    first, worker = run_in_the_middle(partial(begin, **SHORT_LEASE), watcher, gate, done=40, items=ITEMS)
+    sleeper = psutil.Process(worker)
+    sleeper.suspend()
+    gate.open()
+    watcher.let_go()
     ((lease,),) = watcher.rows("SELECT token FROM embstore.lease WHERE worker LIKE %s", f"%:{sleeper.pid}")
     second = begin()
     wait_until(lambda: watcher.statuses() == {"done": ITEMS}, "the others to take over")
@@ -237,9 +254,13 @@ def test_what_a_sleeper_writes_after_its_lease_is_refused(
 
 
 def test_two_runs_share_the_work_and_embed_each_item_once(
-    begin: Start, watcher: Watcher, undisturbed: Vectors, runs: Runs, tmp_path: Path
+    begin: Start, watcher: Watcher, undisturbed: Vectors, runs: Runs, tmp_path: Path, gate: Gate
 ) -> None:
-    first, second = begin(PROBE_LOG=tmp_path / "first"), begin(PROBE_LOG=tmp_path / "second")
+    gate.close()
+    first, second = (begin(PROBE_LOG=tmp_path / name) for name in ("first", "second"))
+    for run in (first, second):
+        gate.wait_for(run)
+    gate.open()
     assert first.wait() == second.wait() == 0
     assert audit(watcher, runs, expected=undisturbed) == {"done": ITEMS}
     shares = [(tmp_path / name).read_text().splitlines() for name in ("first", "second")]
@@ -256,7 +277,7 @@ def test_a_file_that_changes_in_the_middle_of_a_run_is_embedded_as_it_is_now(
     first = start("extract", "sound", "--model", "probe", PROBE_SLEEP=0.05, PROBE_BATCH=4)
     for done, changed in ((4, paths[0]), (10, paths[30]), (16, paths[59]), (22, paths[1])):
         watcher.wait_for_done(done)
-        write_tone(changed, 1000 + done)
+        write_tone(tmp_path / changed.name, 1000 + done).replace(changed)  # never half of it
     second = start("extract", "sound", "--model", "probe")
     assert first.wait() == second.wait() == 0, first.err
     assert "changed" in second.out
@@ -289,6 +310,7 @@ def test_real_speech_by_a_real_model_survives_ctrl_c_and_a_killed_worker(
     run.workers()[-1].kill()
     watcher.let_go()
     assert run.wait() == 0, run.err
+    watcher.let_leases_run_out()  # had it been killed before it could tell the number of its own
     statuses = audit(watcher, runs)
     golden = np.load(test_data / "resemblyzer-golden.npz")
     expected = {path.removeprefix("librispeech/"): emb for path, emb in zip(golden["path"], golden["emb"], strict=True)}

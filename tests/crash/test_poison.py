@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from audit import audit
-from commands import Command, Start, Watcher, write_tone, write_tones
+from commands import PATIENCE, Command, Start, Watcher, write_tone, write_tones
 
 Runs = list[Command]
 GOOD = 60
@@ -39,8 +39,8 @@ def test_exactly_the_bad_files_fail(
     name: str, code: str, start: Start, sound: Path, watcher: Watcher, runs: Runs
 ) -> None:
     bad = [write_tone(sound / f"speaker-{i}" / f"{name}.wav", 100 + i).relative_to(sound) for i in (3, 7)]
-    env = {"PROBE_SLEEP": 0.005, "EMBSTORE_TEST_STUCK_SECONDS": 2}
-    run = start("extract", str(sound), "--model", "probe", "--workers", "2", **env)
+    hangs = {"EMBSTORE_TEST_STUCK_SECONDS": 2} if name == "poison-hang" else {}
+    run = start("extract", str(sound), "--model", "probe", "--workers", "2", PROBE_SLEEP=0.005, **hangs)
     assert run.wait() == 1, run.err
     assert watcher.refused() == {str(path): code for path in bad}
     assert audit(watcher, runs) == {"done": GOOD, "failed": 2}
@@ -70,7 +70,7 @@ def test_a_model_that_fails_on_everything_is_to_blame_itself(
 ) -> None:
     """Also where items come one by one, as decoding is slower than the device."""
     words = ("extract", str(sound), "--model", "probe", "--workers", "2")
-    run = start(*words, PROBE_BROKEN="always", PROBE_DECODE=decoding)
+    run = start(*words, PROBE_BROKEN="always", PROBE_DECODE=decoding, EMBSTORE_TEST_DOUBT_SECONDS=PATIENCE)
     assert run.wait() == 4
     (line,) = [line for line in run.err.splitlines() if line.startswith("error:")]
     assert "no item is to blame: RuntimeError: the device has fallen off the bus" in line
@@ -86,9 +86,11 @@ def test_a_device_that_breaks_in_the_middle_is_no_items_fault(
 ) -> None:
     switch = sound.parent / "broken"
     env = {"PROBE_BROKEN": switch, "PROBE_DECODE": decoding, "PROBE_SLEEP": 0.05}
+    watcher.hold_back(20)
     run = start("extract", str(sound), "--model", "probe", **env)
     watcher.wait_for_done(10)
     switch.touch()
+    watcher.let_go()
     assert run.wait() == 4
     statuses = audit(watcher, runs)
     assert statuses == {"done": statuses["done"], "pending": GOOD - statuses["done"]}

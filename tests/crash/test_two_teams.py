@@ -11,8 +11,8 @@ from typing import Any
 
 import psycopg2
 import pytest
-from audit import ITEMS, LEASE_SECONDS, Vectors, audit
-from commands import Command, Start, Watcher, wait_until
+from audit import ITEMS, Vectors, audit
+from commands import Command, Gate, Start, Watcher, wait_until
 from helpers import extraction, vectors_of
 from people import PASSWORD, People, asked_for_passwords
 from sqlalchemy import text
@@ -127,18 +127,32 @@ def try_everything(thief: Database, queue: Queue, token: int, keys: list[int]) -
         assert refused_by(thief, sql, **values) == outcome, sql
 
 
-def extract(start: Start, side: Side, *words: str) -> Command:
-    return start("extract", *words, "--workers", "2", DATABASE_URL=side.address, PROBE_SLEEP=0.03)
+def extract(start: Start, side: Side, *words: str, **env: object) -> Command:
+    return start("extract", *words, "--workers", "2", DATABASE_URL=side.address, PROBE_SLEEP=0.03, **env)
+
+
+def embed(start: Start, side: Side, tones: Path, gate: Gate) -> Command:
+    return extract(start, side, str(tones), "--dataset", side.dataset, "--model", "probe", PROBE_GATE=gate.path)
 
 
 def test_each_resumes_its_own_and_neither_can_touch_the_other_s(
-    sides: tuple[Side, Side], start: Start, tones: Path, watcher: Watcher, undisturbed: Vectors, runs: list[Command]
+    sides: tuple[Side, Side],
+    start: Start,
+    tones: Path,
+    watcher: Watcher,
+    undisturbed: Vectors,
+    runs: list[Command],
+    gate: Gate,
 ) -> None:
+    watcher.hold_back(ITEMS - 40)
     for side in sides:
-        extract(start, side, str(tones), "--dataset", side.dataset, "--model", "probe")
+        embed(start, side, tones, gate)
     for side in sides:
         wait_until(lambda s=side: statuses(watcher, s.dataset).get("done", 0) >= 10, "both to be at it")  # type: ignore[misc]
-        wait_until(lambda s=side: statuses(watcher, s.dataset).get("running", 0) > 0, "both to claim")  # type: ignore[misc]
+    gate.close()
+    watcher.hold_back(1)
+    for run in runs:
+        gate.wait_for(run)
     for run in runs:
         run.kill_group()
     for run in runs:
@@ -155,10 +169,11 @@ def test_each_resumes_its_own_and_neither_can_touch_the_other_s(
             assert watcher.rows(STATE, victim.dataset) == left[victim.dataset]
 
     sabotage()  # while the dead workers' leases last
-    live = "SELECT count(*) FROM embstore.lease WHERE expires_at > clock_timestamp()"
-    wait_until(lambda: watcher.rows(live) == [(0,)], "the leases to run out", 2 * LEASE_SECONDS)
+    watcher.let_leases_run_out()
     sabotage()  # and when anybody who sees the rows may rescue them
 
+    gate.open()
+    watcher.let_go()
     first, second = sides
     alone = extract(start, second)
     assert alone.wait() == 0, alone.err
@@ -181,15 +196,19 @@ def test_each_resumes_its_own_and_neither_can_touch_the_other_s(
 
 
 def test_two_that_run_side_by_side_keep_to_themselves(
-    sides: tuple[Side, Side], start: Start, tones: Path, watcher: Watcher
+    sides: tuple[Side, Side], start: Start, tones: Path, watcher: Watcher, gate: Gate
 ) -> None:
     """One is killed in the middle; the other goes on to its end and takes up nothing of it."""
-    both = [extract(start, s, str(tones), "--dataset", s.dataset, "--model", "probe") for s in sides]
-    for side in sides:
-        wait_until(lambda s=side: statuses(watcher, s.dataset).get("running", 0) > 0, "both to claim")  # type: ignore[misc]
+    gate.close()
+    both = [embed(start, side, tones, gate) for side in sides]
+    for run in both:
+        gate.wait_for(run)
+    killed = both[0].workers()
     both[0].kill_group()
     assert both[0].wait() == -signal.SIGKILL
+    watcher.let_leases_run_out(*killed)
     left = watcher.rows(STATE, "alpha")
+    gate.open()
     assert both[1].wait() == 0, both[1].err
     assert (statuses(watcher, "beta"), watcher.rows(STATE, "alpha")) == ({"done": ITEMS}, left)
     for command in ("status", "failures", "history"):

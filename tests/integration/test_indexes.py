@@ -135,10 +135,9 @@ def test_a_second_build_at_the_same_time_is_refused(
         with pytest.raises(UsageError, match=r"is being built or dropped right now \(process \d+ of the server\)"):
             again()
     second.close()
-    wait_until(lambda: seen, "a look at it")
+    wait_until(lambda: "waiting for writers before build" in seen, "a look at what it waits for")
     old_snapshot()
     first.join()
-    assert "waiting for writers before build" in seen
     assert states(database) == {plan.name: "ready"}
 
 

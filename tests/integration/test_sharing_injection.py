@@ -23,8 +23,14 @@ from embstore.register import register
 from embstore.search import search
 from embstore.sources.base import unstorable
 
-EXAMPLES = 300 if "EMBSTORE_TEST_SOAK" in os.environ else 20
-hostile = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SOAK = "EMBSTORE_TEST_SOAK" in os.environ
+EXAMPLES = 300 if SOAK else 20
+hostile = settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    derandomize=not SOAK,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 
 PIECES = [
     "'", "''", '"', ";", "--", "/*", "*/", "$$", "$1", "%s", "%(name)s", "%", "%%", "{}", "{0}", ":name", "::", "\\",
@@ -194,7 +200,7 @@ def test_a_condition(store: Database, condition: str) -> None:
         before = census(connection)
     for of in ("utterances", "speakers"):
         try:
-            search(store, np.array([1, 0, 0], np.float32), where=condition, of=of, timeout=5)  # type: ignore[arg-type]
+            search(store, np.array([1, 0, 0], np.float32), where=condition, of=of, timeout=600)  # type: ignore[arg-type]
         except (UsageError, DatabaseError) as error:
             _refusals.append(str(error))
     with store.begin() as connection:

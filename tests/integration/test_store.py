@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from commands import Watcher, install_probe, wait_until, write_tones
+from commands import PATIENCE, Watcher, install_probe, wait_until, write_tones
 from helpers import entry, fill, finish_all, vectors_of
 from loader_targets import Extracts, Vectors
 
@@ -201,18 +201,20 @@ def test_a_script_needs_no_guard_and_ctrl_c_leaves_nothing_behind(tmp_path: Path
     write_tones(tmp_path / "tones", 60)
     env = {"DATABASE_URL": database_url, "PYTHONPATH": str(install_probe(tmp_path / "site")), "PROBE_SLEEP": "0.1"}
     watcher = Watcher(database_url)
+    watcher.hold_back(1)
     script = _script(tmp_path, SCRIPT, str(tmp_path / "tones"), **env)
     wait_until(lambda: watcher.count("done") > 0, "a vector")
     script.send_signal(signal.SIGINT)
-    out, err = script.communicate(timeout=60)
+    out, err = script.communicate(timeout=PATIENCE)
     assert "Traceback" not in err, err
     lines = out.splitlines()
     assert lines[:2] == ["started", "stopped"]
     done = watcher.count("done")
     assert 0 < done < 60
     assert lines[2] == f"[({done}, 0)]"
+    watcher.let_go()
     script = _script(tmp_path, SCRIPT, str(tmp_path / "tones"), **env | {"PROBE_SLEEP": "0"})
-    out, err = script.communicate(timeout=60)
+    out, err = script.communicate(timeout=PATIENCE)
     assert out.splitlines() == ["started", str(60 - done), "[(60, 0)]"], err
 
 
@@ -240,7 +242,7 @@ def test_ctrl_c_ends_a_query_on_the_server(filled: Store, tmp_path: Path, databa
     script = _script(tmp_path, ASLEEP.replace("QUERY", query), DATABASE_URL=database_url)
     wait_until(lambda: watcher.rows(asleep), "the query")
     script.send_signal(signal.SIGINT)
-    out, err = script.communicate(timeout=60)
+    out, err = script.communicate(timeout=PATIENCE)
     assert (out, err) == ("1\n", "")
     assert watcher.rows(asleep) == []
 
@@ -263,7 +265,7 @@ def test_ctrl_c_ends_a_read_of_vectors_on_the_server(tmp_path: Path, filled: Sto
         script = _script(tmp_path, READS, DATABASE_URL=database_url)
         wait_until(lambda: watcher.rows(reading), "the read")
         script.send_signal(signal.SIGINT)
-        out, err = script.communicate(timeout=60)
+        out, err = script.communicate(timeout=PATIENCE)
         assert watcher.rows(reading) == []
     assert (out, err) == ("1\n", "")
 

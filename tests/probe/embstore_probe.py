@@ -9,6 +9,7 @@ Its vectors come from the samples alone. Environment:
     PROBE_LOG       file that gets a line for every item embedded
     PROBE_WEIGHTS   other weights, other vectors, another fingerprint  default 1
     PROBE_BROKEN    `always`, or a file: as long as it exists, everything fails
+    PROBE_GATE      a file: as long as it exists, batches wait before the device, and a file beside it names the process
 
 A file's name can hold the way in which it goes wrong: see `_misbehave`.
 """
@@ -97,6 +98,7 @@ class Probe:
 
     def embed(self, batch: Sequence[Prepared]) -> NDArray[np.float32]:
         """Give the vectors, after a while."""
+        _pass_gate()
         _check_device()
         vectors = np.stack([item.array[1:] for item in batch])
         for row, item in enumerate(batch):
@@ -106,6 +108,14 @@ class Probe:
         for item in batch:
             _log(self._paths[int(item.array[0])])
         return vectors
+
+
+def _pass_gate() -> None:
+    """Wait for the test to open the gate; see `commands.Gate`."""
+    gate = Path(os.environ.get("PROBE_GATE", os.devnull))
+    while gate.is_file():
+        gate.with_name(f"{gate.name}-{os.getpid()}").touch()
+        time.sleep(0.02)
 
 
 def _check_device() -> None:

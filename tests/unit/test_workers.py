@@ -18,9 +18,10 @@ from typing import IO, Any
 import crew_targets
 import psutil
 import pytest
+from commands import PATIENCE, wait_until
 
 from embstore.errors import EmbstoreError, ModelError, UsageError, WorkerError
-from embstore.workers import DEATHS_IN_A_ROW, ORPHAN_SECONDS, Channel, Crew, prepare
+from embstore.workers import DEATHS_IN_A_ROW, ONE_WISH, Channel, Crew, prepare
 
 
 class Heard:
@@ -178,7 +179,7 @@ class Parent:
 
     def end(self) -> tuple[str, str]:
         """What else it says, and what came on standard error."""
-        out, errors = self.process.communicate(timeout=60)
+        out, errors = self.process.communicate(timeout=PATIENCE)
         self.words += out.split("\n")
         return "\n".join(self.words), errors
 
@@ -204,13 +205,12 @@ def parent_of(target: str, *jobs: str) -> Iterator[Parent]:
                 child.kill()
 
 
-def gone(pids: list[int], seconds: float) -> bool:
-    """Whether the processes are gone, waiting so long for it at most."""
-    deadline = time.monotonic() + seconds
-    while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
+def gone(pids: list[int]) -> bool:
+    """Whether the processes are gone."""
+    for pid in pids:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+                return False
     return True
 
 
@@ -235,11 +235,12 @@ def test_the_second_signal_leaves_at_once_and_takes_the_workers_along() -> None:
         pids = parent.pids()
         os.killpg(parent.process.pid, signal.SIGINT)
         parent.read_until("message", 4)
+        time.sleep(2 * ONE_WISH)  # since it was told first
         os.killpg(parent.process.pid, signal.SIGINT)
         out, errors = parent.end()
     assert "left at once" in out
     assert sorted(line for line in out.split("\n") if line.startswith("death")) == ["death 0", "death 1"]
-    assert gone(pids, 0)
+    assert gone(pids)
     assert errors == ""
 
 
@@ -252,6 +253,28 @@ def test_a_signal_while_the_model_is_loading_stops_at_once() -> None:
         out, errors = parent.end()
     assert "interrupted" in out
     assert errors == ""
+
+
+def test_who_has_spoken_is_not_taken_for_one_that_is_loading(heard: Heard, tmp_path: Path) -> None:
+    """Although the parent was held up, and has not heard it yet."""
+    ask, spoken = tmp_path / "ask", tmp_path / "spoken"
+
+    def held_up() -> None:
+        if not ask.exists():
+            ask.touch()
+            wait_until(spoken.exists, "the worker to have spoken")
+            signal.raise_signal(signal.SIGINT)
+
+    crew = Crew(
+        crew_targets.speak_when_asked,
+        [tmp_path],
+        on_message=lambda *message: bool(heard.messages.append(message)),
+        on_death=heard.deaths.append,
+        on_tick=held_up,
+    )
+    assert not crew.run()
+    assert heard.messages == [(0, "up"), (0, "draining")]
+    assert heard.deaths == []
 
 
 def test_ctrl_c_at_any_moment_of_a_workers_start_does_not_reach_it() -> None:
@@ -294,4 +317,4 @@ def test_no_worker_outlives_a_killed_parent() -> None:
         for parent in (working, draining, loading):
             parent.process.kill()
             parent.process.wait()
-        assert gone(pids, ORPHAN_SECONDS + 2)
+        wait_until(lambda: gone(pids), "the workers to leave")
