@@ -274,17 +274,18 @@ class Gate:
 
 
 def run_in_the_middle(
-    begin: Callable[[], Command], watcher: Watcher, gate: Gate, *, done: int, items: int
+    begin: Callable[[], Command], watcher: Watcher, gate: Gate, *, done: int, items: int, held_back: int = 1
 ) -> tuple[Command, int]:
-    """A run that has so many items done, one of its workers with rows in hand at the closed gate, and one row pending.
+    """A run that has the first so many items done, and a worker with later ones in hand at the closed gate.
 
-    Returns the run and that worker's process. `watcher.let_go` lets the run come to its end, once the gate is open.
+    Returns the run and that worker's process. The last so many items are held back: `watcher.let_go` lets the run come
+    to its end, once the gate is open.
     """
-    watcher.hold_back(items - done - 20)
+    watcher.hold_back(items - done)
     run = begin()
     watcher.wait_for_done(done)
     gate.close()
-    watcher.hold_back(1)
+    watcher.hold_back(held_back)
     return run, gate.wait_for(run)
 
 

@@ -358,10 +358,11 @@ def test_a_full_disk_under_the_database_is_said_and_nothing_is_lost(
     (tmp_path / "many.csv").write_text("path,start\n" + stretches)
     ballast = small_disk / "ballast"
     words = ["extract", "many.csv", "--model", "probe", "--workers", "2"]
-    for attempt in range(4):  # more often than an item may kill its worker
-        gate = Gate(tmp_path / f"gate{attempt}")
+    for done in (50, 800, 1550, 2300):  # more often than an item may kill its worker
+        gate = Gate(tmp_path / f"gate{done}")
         begin = partial(start, *words, PROBE_SLEEP=0.005, PROBE_GATE=gate.path)
-        run, _ = run_in_the_middle(begin, watcher, gate, done=watcher.count("done") + 1, items=3000)
+        # What a run had in hand is done by the next one, before the disk is full again.
+        run, _ = run_in_the_middle(begin, watcher, gate, done=done, items=3000, held_back=3000 - done - 700)
         fill(ballast)
         gate.open()
         assert run.wait() == 3, run.err
