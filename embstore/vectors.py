@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import mmap
-import re
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -60,11 +59,6 @@ _PLACE: dict[str, Column] = {"position": _INT8, "item_id": _INT8}
 
 Order = Literal["position", "item_id"]
 ORDERS: tuple[Order, ...] = get_args(Order)
-
-
-def view_name(model: str) -> str:
-    """Name of the view for people, `embeddings_resemblyzer`, as the database makes it; unless that was taken."""
-    return "embeddings_" + re.sub(r"[^a-z0-9]+", "_", model.lower()).strip("_")[:50]
 
 
 def create_partition(connection: Connection, model_id: int, model: str, dim: int) -> None:
