@@ -244,7 +244,7 @@ def test_ctrl_c_ends_a_query_on_the_server(filled: Store, tmp_path: Path, databa
     script.send_signal(signal.SIGINT)
     out, err = script.communicate(timeout=PATIENCE)
     assert (out, err) == ("1\n", "")
-    assert watcher.rows(asleep) == []
+    wait_until(lambda: not watcher.rows(asleep), "the query's end on the server")
 
 
 READS = """
@@ -266,7 +266,7 @@ def test_ctrl_c_ends_a_read_of_vectors_on_the_server(tmp_path: Path, filled: Sto
         wait_until(lambda: watcher.rows(reading), "the read")
         script.send_signal(signal.SIGINT)
         out, err = script.communicate(timeout=PATIENCE)
-        assert watcher.rows(reading) == []
+        wait_until(lambda: not watcher.rows(reading), "the read's end on the server")  # it waits for the lock no more
     assert (out, err) == ("1\n", "")
 
 
