@@ -21,6 +21,9 @@ from embstore.settings import NAMES, Settings, load
 # A shell starts what runs in its background with SIGINT ignored, and so would be all that the tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+# And `nohup` with SIGHUP. A child does not inherit a handler, but what comes without one.
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 TEMPLATE = "embstore_template"
 _numbers = itertools.count(1)

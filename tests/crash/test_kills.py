@@ -122,18 +122,16 @@ def test_nohup_goes_on_behind_a_closed_terminal(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_second_signal_does_not_wait_for_the_device(
-    number: signal.Signals, start: Start, watcher: Watcher, tmp_path: Path, runs: Runs
+    number: signal.Signals, begin: Start, watcher: Watcher, runs: Runs, gate: Gate
 ) -> None:
-    write_tones(tmp_path / "sound", 20)
-    write_tone(tmp_path / "sound" / "zz-slow.wav", 99)
-    run = start("extract", "sound", "--model", "probe", "--workers", "2", PROBE_SLOW=FOR_EVER)
-    watcher.wait_for_done(8)
+    run, _ = run_in_the_middle(begin, watcher, gate, done=8, items=ITEMS)
     run.process.send_signal(number)
     wait_until(lambda: "again leaves at once" in run.err, "the word that it stops")
     assert run.process.poll() is None
     time.sleep(2 * ONE_WISH)
     run.process.send_signal(number)
     assert run.wait() == INTERRUPTED
+    gate.open()
     statuses = audit(watcher, runs)
     assert statuses["pending"] >= 1
     assert set(watcher.rows("SELECT attempts FROM embstore.extraction WHERE status = 'pending'")) == {(0,)}
