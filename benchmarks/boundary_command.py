@@ -1,7 +1,9 @@
 """`embstore boundaries` on sets of growing size in a database, against the bare ordered read of the same vectors.
 
-read      all vectors by position, in pages, as the methods get them, and nothing else: in a process of its own, the
-          start of which does not count
+bare      COPY (position, embedding) ORDER BY position TO STDOUT (FORMAT BINARY) in one statement, as any client would
+          read them; no value is looked at
+read      all vectors by position, in pages, as the methods get them, and nothing else. Both in a process of their own,
+          the start of which does not count
 cosine    `embstore boundaries --method cosine`: a process from start to exit, its worker, the run's rows written
 auto      the same, method auto
 
@@ -32,12 +34,18 @@ from sqlalchemy import Connection, text
 
 from embstore import catalog, vectors
 from embstore.db import embedded, migrate
-from embstore.db.copy import copy_rows
-from embstore.db.engine import Database
+from embstore.db.copy import PIECE, copy_rows
+from embstore.db.engine import Database, driver_of
 from embstore.settings import Settings
 
 SEGMENT = 1000.0
 METHODS = ("cosine", "auto")
+READS = ("bare", "read")
+
+_BARE = """
+COPY (SELECT position, embedding FROM embstore.item JOIN embstore.embedding_{model} USING (dataset_id, item_id)
+    WHERE dataset_id = {dataset} AND model_id = {model} ORDER BY position) TO STDOUT (FORMAT BINARY)
+"""
 _MODEL = """
 INSERT INTO embstore.model (name, media, dim, fingerprint, settings) VALUES ('bench', 'audio', :dim, '', '{}')
 RETURNING model_id
@@ -62,10 +70,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="turns of each (default: 3)")
     parser.add_argument("--methods", choices=METHODS, nargs="*", default=METHODS, help="default: both; none: load only")
     parser.add_argument("--home", type=Path, help="folder to keep the sets in")
-    parser.add_argument("--read", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=READS, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.read:
-        _read(Database(Settings(home=options.home)), options.read)
+    if options.only:
+        database = Database(Settings(home=options.home))
+        print(_read(database, options.only, *options.items))
+        database.close()
         return
     curves: dict[str, dict[int, float]] = {}
     with _kept(options.home) if options.home else server() as settings:
@@ -122,14 +132,17 @@ def _load(connection: Connection, items: int) -> None:
 def _measure(settings: Settings, items: int, rounds: int, methods: list[str]) -> dict[str, float]:
     if not methods:
         return {}
-    read = [__file__, "--home", str(settings.home), "--read", str(items)]
+    reads = {task: [__file__, "--home", str(settings.home), "--items", str(items), "--only", task] for task in READS}
     command = ["-m", "embstore", "boundaries", "--dataset", f"bench{items}", "--method"]
-    words = {"read": read} | {method: [*command, method] for method in methods}
+    words = reads | {method: [*command, method] for method in methods}
     memory: dict[str, dict[str, int]] = {}
 
     def once(task: str) -> float:
         with memory_watched(settings) as largest:
-            taken = seconds(lambda: _process(settings, words[task])) if task != "read" else _inner(settings, read)
+            if task in reads:
+                taken = float(_process(settings, words[task]))
+            else:
+                taken = seconds(lambda: _process(settings, words[task]))
         memory[task] = {kind: max(size, memory.get(task, {}).get(kind, 0)) for kind, size in largest.items()}
         return taken
 
@@ -142,7 +155,8 @@ def _measure(settings: Settings, items: int, rounds: int, methods: list[str]) ->
         print(f"{task:7} largest memory: " + ", ".join(f"{k} {v >> 20:,} MiB" for k, v in sorted(kinds.items())))
     for method in methods:
         target = "3 or less" if method == "cosine" else "none"
-        show_ratio(f"{method} / read", ratio(times, method, "read"), target)
+        show_ratio(f"{method} / bare", ratio(times, method, "bare"), target)
+        show_ratio(f"{method} / read", ratio(times, method, "read"), "none")
     sys.stdout.flush()
     return {task: median(taken) for task, taken in times.items()}
 
@@ -155,20 +169,22 @@ def _process(settings: Settings, words: list[str]) -> str:
     ).stdout
 
 
-def _inner(settings: Settings, words: list[str]) -> float:
-    return float(_process(settings, words))
-
-
-def _read(database: Database, items: int) -> None:
-    """Print how long reading takes."""
-    with database.begin() as connection:
-        (pair,) = catalog.embedded(connection, f"bench{items}", "bench")
-        model, (dataset,) = pair
+def _read(database: Database, task: str, items: int) -> float:
+    """How long a reading takes."""
+    with database.reading() as connection:
+        ((model, (dataset,)),) = catalog.embedded(connection, f"bench{items}", "bench")
+        scope = dataset.dataset_id, model.model_id
+        if task == "bare":
+            return seconds(lambda: _copy(connection, *scope))
+        pages = vectors.ordered(connection, *scope, DIM)
         begin = time.perf_counter()
-        read = sum(len(page.positions) for page in vectors.ordered(connection, dataset.dataset_id, model.model_id, DIM))
-        print(time.perf_counter() - begin)
-    assert read == items
-    database.close()
+        assert sum(len(page.positions) for page in pages) == items
+        return time.perf_counter() - begin
+
+
+def _copy(connection: Connection, dataset_id: int, model_id: int) -> None:
+    with driver_of(connection).cursor() as cursor, Path(os.devnull).open("wb") as nowhere:
+        cursor.copy_expert(_BARE.format(dataset=dataset_id, model=model_id), nowhere, size=PIECE)
 
 
 def _exponent(curve: dict[int, float]) -> float:

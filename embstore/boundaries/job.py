@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 from sqlalchemy import Connection, text
 
 from embstore import faults, vectors
+from embstore.ahead import ahead
 from embstore.boundaries.result import Result, Window
+from embstore.boundaries.stream import BLOCK
 from embstore.catalog import Dataset, StoredModel
 from embstore.claims import Claimant
 from embstore.db.copy import copy_rows
@@ -196,7 +198,8 @@ class _Worker:
         with self._database.reading() as connection:
             row = connection.execute(text(_READ), values).one()
             order = hashlib.sha256()
-            result = find(row.method, row.parameters, self._windows(connection, queue, row.dim, order), row.embedded)
+            with ahead(self._windows(connection, queue, row.dim, order)) as windows:
+                result = find(row.method, row.parameters, windows, row.embedded)
         found = {
             "parameters": result.parameters,
             "expected": result.expected,
@@ -207,9 +210,9 @@ class _Worker:
         notes = {**values, "found": json.dumps(found), "items": row.items, "embedded": row.embedded}
         self._database.patiently(lambda c: self._write(c, queue, run, result, notes))
 
-    def _windows(self, connection: Connection, queue: Queue, dim: int, order: Any) -> Iterator[Window]:
-        scope = queue.scope
-        for page in vectors.ordered(connection, scope["dataset_id"], scope["model_id"], dim):
+    def _windows(self, connection: Connection, queue: Queue, dim: int, order: Any) -> Generator[Window]:
+        scope, size = queue.scope, BLOCK * max(1, vectors.page_size(dim) // BLOCK)
+        for page in vectors.ordered(connection, scope["dataset_id"], scope["model_id"], dim, size=size):
             if self._channel.stopping.is_set():
                 raise _Stopped
             order.update(page.item_ids.tobytes())

@@ -82,8 +82,8 @@ def test_boundaries_beside_ruptures() -> None:
 
 def test_boundaries_beside_the_bare_read() -> None:
     output = start("boundary_command", "--items", "600", "--rounds", "1", "--methods", "cosine")
-    assert "cosine / read: " in output
-    assert "exponents: read " in output
+    assert "cosine / bare: " in output
+    assert "exponents: bare " in output
 
 
 def test_the_accuracy_of_boundaries(test_data: Path, tmp_path: Path) -> None:
