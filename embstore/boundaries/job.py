@@ -211,7 +211,8 @@ class _Worker:
         self._database.patiently(lambda c: self._write(c, queue, run, result, notes))
 
     def _windows(self, connection: Connection, queue: Queue, dim: int, order: Any) -> Generator[Window]:
-        scope, size = queue.scope, BLOCK * max(1, vectors.page_size(dim) // BLOCK)
+        scope, size = queue.scope, vectors.page_size(dim)
+        size = size - size % BLOCK or size  # whole blocks, where one fits, need no joining
         for page in vectors.ordered(connection, scope["dataset_id"], scope["model_id"], dim, size=size):
             if self._channel.stopping.is_set():
                 raise _Stopped
